@@ -44,7 +44,9 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_messages import ObservedRemaining, ObservedRequest
 from forebay.upstream.shared.periods import period_start
+from forebay.upstream.shared.rate_messages import RateRequest, SharedRate, SharedRateCheck
 from forebay.upstream.shared.redis_store import RedisLedgerStore
 from forebay.upstream.shared.stoppage_messages import StoppageRequest
 
@@ -55,6 +57,14 @@ CLOCK: Final = "local time = redis.call('TIME')\n  return tonumber(time[1]) + to
 START: Final = 1_751_327_990.0  # ten seconds before a month ends
 QUOTAS: Final = (QuotaTerms("requests", 64.0, 64.0), QuotaTerms("tokens", 8192.0, 64.0))
 PERIODS: Final = (None, "hour", "day", "month")
+
+LEARNED: Final = (
+    SharedRate(
+        rate=4.0, measured=True, held=4.0, learned=3.5, before_rise=0.25, falls=2, step=0.02, wait=10.0, limits=3
+    ),
+    SharedRate(rate=1.0, check=SharedRateCheck(1.0, 2.0, 0.5, 0.25), score=-1.5, is_disproved=True),
+    SharedRate(),
+)
 
 numbers = itertools.count()
 eighths = st.integers(0, 512).map(lambda eighth: eighth / 8)  # sums of these are exact: no order changes them
@@ -138,6 +148,35 @@ steps = st.lists(
             "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
             "stoppages": st.dictionaries(st.sampled_from(["breaker", "pause"]), stoppages),
             "leaving": st.sampled_from([False] * 7 + [True]),
+            "rate": st.one_of(
+                st.none(),
+                st.fixed_dictionaries(
+                    {
+                        "epoch": st.sampled_from(["own", "own", "own", -1, 2]),
+                        "counted": st.integers(-4, 64),
+                        "demand": st.sampled_from([0.0, 0.0, 0.5, 4.0, 32.0]),
+                        "learned": st.sampled_from([None, None, *LEARNED]),
+                        "trial": st.sampled_from([0.0, 0.0, 2.5]),
+                    }
+                ),
+            ),
+            "observed": st.lists(
+                st.fixed_dictionaries(
+                    {
+                        "unit": st.sampled_from(["requests", "input_tokens"]),
+                        "amount": st.sampled_from([32.0, 64.0]),
+                        "seconds": st.sampled_from([1.0, 64.0]),
+                        "ends_in": st.sampled_from([None, None, 0.5, 32.0]),
+                        "epoch": st.sampled_from(["own", "own", "own", -1, 2]),
+                        "is_changed": st.sampled_from([False, False, False, True]),
+                        "seen": st.one_of(st.none(), st.tuples(eighths, eighths, eighths, st.booleans())),
+                        "doubt": st.sampled_from([None, None, None, 0.0, 600.0]),
+                        "amounts": st.lists(eighths, min_size=4, max_size=4),
+                    }
+                ),
+                max_size=2,
+                unique_by=lambda observed: observed["unit"],
+            ),
         }
     ),
     max_size=40,
@@ -185,6 +224,12 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
     for _ in terms.quotas:
         used, needed, extra = next(amounts) / 64, next(amounts) / 4, next(amounts)
         quotas.append(QuotaRequest(used=used, reserved=needed / 2, needed=needed, wanted=needed + extra))
+    observed = [observed_request_of(each, reply) for each in step["observed"]]
+    for each in step["observed"]:
+        used, reserved, more, extra = (amount / 64 for amount in each["amounts"])
+        quotas.append(
+            QuotaRequest(used=used, reserved=reserved, needed=reserved + more, wanted=reserved + more + extra)
+        )
     epoch = step["epoch"] if reply is None or step["epoch"] != "own" else reply.epoch
     known = None if reply is None else reply.budget
     period = -1.0 if known is None or step["period"] == "unknown" else known.period
@@ -225,7 +270,31 @@ def request_of(step: dict[str, Any], sequence: int, terms: LedgerTerms, reply: E
         ),
         leaving=step["leaving"],
         limit=None if terms.limit is None else limit_request_of(step, reply),
+        observed=tuple(observed),
+        rate=None if step["rate"] is None else rate_request_of(step["rate"], reply),
         stoppages={kind: stoppage_request_of(each, kind, reply) for kind, each in step["stoppages"].items()} or None,
+    )
+
+
+def rate_request_of(drawn: dict[str, Any], reply: ExchangeReply | None) -> RateRequest:
+    known = None if reply is None else reply.rate
+    epoch = drawn["epoch"] if drawn["epoch"] != "own" else -1 if known is None else known.epoch
+    return RateRequest(**{**drawn, "epoch": epoch})
+
+
+def observed_request_of(drawn: dict[str, Any], reply: ExchangeReply | None) -> ObservedRequest:
+    told = [] if reply is None else [each for each in reply.observed if each.unit == drawn["unit"]]
+    epoch, seen = drawn["epoch"], drawn["seen"]
+    return ObservedRequest(
+        unit=drawn["unit"],
+        amount=drawn["amount"],
+        seconds=drawn["seconds"],
+        epoch=epoch if epoch != "own" else told[0].epoch if told else -1,
+        ends_in=drawn["ends_in"],
+        is_changed=drawn["is_changed"],
+        under_way=drawn["amounts"][1] / 64,
+        seen=None if seen is None else ObservedRemaining(*seen),
+        doubt=drawn["doubt"],
     )
 
 

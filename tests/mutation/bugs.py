@@ -1382,9 +1382,11 @@ def a_slot_is_returned_between_two_short_calls() -> None:
 
 
 def calls_under_way_hold_nothing_of_a_limit_that_is_seen_later() -> None:
-    def observe(self: RateLimiter, unit: str, observed: ObservedLimit) -> None:
+    def observe(  # noqa: PLR0913, PLR0917 - as the original
+        self: RateLimiter, now: float, unit: str, limit: float, period: float, level: float
+    ) -> ObservedLimit:
         self._under_way[unit] = 0
-        original(self, unit, observed)
+        return original(self, now, unit, limit, period, level)
 
     original = RateLimiter._observe
     replace(RateLimiter, RateLimiter._observe, observe)

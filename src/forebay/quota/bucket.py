@@ -96,6 +96,20 @@ class Bucket:
         self.refill(now)
         return self.level
 
+    def lacks(self, now: float, amount: float) -> bool:
+        """Return whether `amount` has to wait because so much is not left, and can ever be."""
+        return 0.0 < self.wait(now, amount) < math.inf
+
+    @property
+    def is_sole(self) -> bool:
+        """True if no other process takes from the same quota."""
+        return True
+
+    @property
+    def counted(self) -> float:
+        """The use of all processes, as far as it is known here; 0 if there are no others."""
+        return 0.0
+
     @property
     def lowest(self) -> float:
         """The lowest level that it can have."""

@@ -41,6 +41,23 @@ class QuotaSnapshot(NamedTuple):
     corrected: float  # the limit's sum of corrections at that time
     window_number: int
     reserved: float  # by all calls under way, this one included: the provider may have counted any part of it
+    counted: float  # the use of all processes
+
+
+class SeenRemaining(NamedTuple):
+    """The amount that an answer said to be left, for the other processes that share the account.
+
+    Attributes:
+        sent: when the call was sent; the number was right at some moment since then.
+        remaining: of the limit.
+        counted: the use of all processes that was known here when the call was sent.
+        throttled: the call was refused.
+    """
+
+    sent: float
+    remaining: float
+    counted: float
+    throttled: bool
 
 
 class _ResetObservation(NamedTuple):
@@ -69,6 +86,12 @@ class ObservedLimit:
         now: the present, in the clock's seconds.
         level: what is left now.
         exact: what a call takes is known before it ends, so nothing of it comes back.
+
+    Attributes:
+        bucket: the limit, as the calls of this process and their headers show it.
+        share: the part that this process may use; it is `bucket` unless other processes share the account.
+        doubt: of the limit.
+        seen: the latest believable number of what is left; None once the others have been told.
     """
 
     __slots__ = (
@@ -96,6 +119,8 @@ class ObservedLimit:
         "doubt",
         "full_at",
         "latest_sent",
+        "seen",
+        "share",
         "updated_at",
     )
 
@@ -103,6 +128,8 @@ class ObservedLimit:
         self.bucket = Bucket(float(limit), period, now, max_debt_share=_MAX_DEBT_SHARE)
         self.bucket.level = max(self.bucket.lowest, min(level, float(limit)))
         self.bucket.margin_share = _MARGIN
+        self.share = self.bucket
+        self.seen: SeenRemaining | None = None
         self.bucket.window_delay = _WINDOW_DELAY
         self.corrected = 0.0  # sum of all corrections, so that older snapshots can be compared
         self.updated_at = now
@@ -155,7 +182,8 @@ class ObservedLimit:
 
     def snapshot(self, reserved: float) -> QuotaSnapshot:
         """Return the present state, to be kept with a call that is sent now and has been taken off."""
-        return QuotaSnapshot(self.bucket.level, self.corrected, self.bucket.window_number, reserved)
+        bucket = self.bucket
+        return QuotaSnapshot(bucket.level, self.corrected, bucket.window_number, reserved, self.share.counted)
 
     def update_from_headers(  # noqa: PLR0913 - what an answer says
         self,
@@ -202,6 +230,7 @@ class ObservedLimit:
             self._update_reset(now, sent, remaining, headers.reset)
         if snapshot is None:
             return
+        self.seen = SeenRemaining(sent, remaining, snapshot.counted, throttled=returned > 0)
         if snapshot.window_number != bucket.window_number:  # the reset showed that another window began before the call
             bucket.level = remaining - max(0.0, since)
         else:
@@ -247,8 +276,11 @@ class ObservedLimit:
 
     def trial_wait(self, now: float, amount: float) -> float:
         """Return the seconds until a call of `amount` may be sent although too little is left; infinity for never."""
-        missing = 0.0 < self.bucket.wait(now, amount) < math.inf
-        return self.doubt.trial_wait(now, self.full_at) if missing else math.inf
+        if not self.share.lacks(now, amount):
+            return math.inf
+        # Calls of other processes, whose headers are not seen here, make that later.
+        promised = self.full_at if self.share.is_sole else math.inf
+        return self.doubt.trial_wait(now, promised)
 
     def try_begin_trial(self, now: float, amount: float) -> bool:
         """Return whether a call of `amount` that is sent now is a trial; if so, count what is missing as left."""
@@ -260,24 +292,55 @@ class ObservedLimit:
         missing = max(0.0, amount - self.bucket.level)
         self.bucket.level += missing
         self.corrected += missing
+        if self.share is not self.bucket:
+            self.share.refund(now, amount)
         self.doubt.record_sent()
         return True
 
     def cancel_trial(self, now: float, amount: float) -> None:
         """Note that a trial of `amount` says nothing; what it has not used is refunded besides."""
         self.doubt.cancel(now)
-        self.lower(amount)
+        self.take_back_trial(now, amount)
 
     def record_trial_unanswered(self, now: float, amount: float) -> None:
         """Note that a trial of `amount` was left before its answer; what it has not used is refunded besides."""
         self.doubt.record_unanswered(now)
+        self.take_back_trial(now, amount)
+
+    def take_back_trial(self, now: float, amount: float) -> None:
+        """Take back what a trial of `amount` was granted, which is refunded besides."""
         self.lower(amount)
+        if self.share is not self.bucket:
+            self.share.take(now, amount)
 
     def record_trial_accepted(self, now: float, amount: float, headers: RateLimitHeaders | None) -> None:
         """Note that a trial was accepted that took `amount`. `headers`: of its answer."""
         room = headers is not None and (headers.remaining or 0) >= _ROOM * self.bucket.amount
         only_miscounted = room and self._repeated < _STUCK  # our count was wrong, and the quota may be right
         self.doubt.record_trial_accepted(now, 0.0 if only_miscounted else amount)
+
+    def adopt(self, now: float, amount: float, period: float, window_end: float | None) -> None:
+        """Take over what another process has learned of the amount, the period and the window."""
+        bucket = self.bucket
+        bucket.refill(now)
+        self._earlier_limit, self._last_limit = self._last_limit, round(amount)
+        gained = amount - bucket.amount
+        bucket.resize(amount, period)
+        if gained > 0:
+            bucket.level += gained
+            self.corrected += gained
+        bucket.window_end = window_end
+        self._candidate = self._reset = None
+        self._counted_since = -math.inf
+        self.doubt.begin(now, amount, bucket.rate)
+
+    def record_used_up(self, now: float, left: float) -> None:
+        """Note that a refusal shows that only `left` can be left; below 0 is a debt."""
+        bucket = self.bucket
+        bucket.refill(now)
+        if bucket.level > left:
+            self.lower(bucket.level - left)
+        self.seen = SeenRemaining(now, left, self.share.counted, throttled=True)
 
     def lower(self, by: float) -> None:
         """Take off what the provider has counted and we have not."""

@@ -84,6 +84,18 @@ class QuotaDoubt:
         self._doubted_since += by
         self._doubted_until += by
 
+    def adopt(self, now: float, seconds: float) -> None:
+        """Believe the quota no more for `seconds`, or again for 0: another process has found that out."""
+        if seconds > 0.0:
+            self._doubted_since, self._doubted_until, self._excess = now, now + seconds, 0.0
+        else:
+            self._doubted_until = -math.inf
+            self._end_row()
+
+    def seconds_disbelieved(self, now: float) -> float:
+        """Return the seconds for which calls do not wait for the quota."""
+        return max(0.0, self._doubted_until - now)
+
     def is_believed(self, now: float) -> bool:
         """Return whether calls wait for the quota."""
         return now >= self._doubted_until

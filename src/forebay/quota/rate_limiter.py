@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -102,6 +102,13 @@ class _GivenQuota(NamedTuple):
     bucket: Bucket
 
 
+class ObservedShares(Protocol):
+    """The part that this process may use of the limits that all processes of an account observe together."""
+
+    def open(self, unit: str, observed: ObservedLimit) -> Bucket:
+        """Return the part of a limit that this process begins to observe."""
+
+
 class RateLimiter:
     """The rate limiter of one account: of the given quotas, and of those that the provider's headers show.
 
@@ -136,6 +143,31 @@ class RateLimiter:
         self._under_way = dict.fromkeys((given.unit for given in self._given), 0)
         self._quiet_until = -math.inf
         self._now = -math.inf
+        self._shares: ObservedShares | None = None
+
+    @property
+    def observed(self) -> Mapping[str, ObservedLimit]:
+        """The limits that headers show, by unit."""
+        return self._observed
+
+    def share_observed(self, shares: ObservedShares) -> None:
+        """Use only a share of each limit that headers will show: other processes use the same account."""
+        self._shares = shares
+
+    def adopt_observed(self, now: float, unit: str, amount: float, period: float, window_end: float | None) -> None:
+        """Take over what another process has observed of a limit."""
+        self._advance(now)
+        if (observed := self._observed.get(unit)) is not None:
+            observed.adopt(now, amount, period, window_end)
+            return
+        observed = self._observe(now, unit, amount, period, amount)
+        observed.bucket.window_end = window_end
+        for reservation in self._open.values():
+            reservation.snapshots[unit] = observed.snapshot(self._under_way[unit])
+
+    def under_way(self, unit: str) -> float:
+        """Return what calls under way have reserved."""
+        return self._under_way[unit]
 
     def quota_too_small_for(self, now: float, charge: Charge) -> str | None:
         """Return the name of a quota that is smaller than the charge even when full, or None."""
@@ -143,8 +175,8 @@ class RateLimiter:
             if getattr(charge, unit) > bucket.amount:
                 return name
         for unit, observed in self._observed.items():
-            if getattr(charge, unit) > observed.bucket.amount and observed.holds(now):
-                return _name(unit, observed.bucket.period)
+            if getattr(charge, unit) > observed.share.amount and observed.holds(now):
+                return _name(unit, observed.share.period)
         return None
 
     def wait(
@@ -175,7 +207,7 @@ class RateLimiter:
             if seconds > longest:
                 longest, limited_by = seconds, name
         for unit, observed in self._observed.items():
-            amount, bucket = getattr(charge, unit), observed.bucket
+            amount, bucket = getattr(charge, unit), observed.share
             if not observed.holds(now, amount):
                 continue
             left = _held(bucket, now, unit, held) if held else 0.0
@@ -238,6 +270,8 @@ class RateLimiter:
             if trial and observed.try_begin_trial(now, amount):
                 trial_of += (unit,)
             observed.bucket.take(now, amount)
+            if observed.share is not observed.bucket:
+                observed.share.take(now, amount)
             snapshots[unit] = observed.snapshot(under_way[unit])
         reservation = QuotaReservation(self._next_number(), now, charge, snapshots, trial_of)
         self._open[reservation.number] = reservation
@@ -283,6 +317,8 @@ class RateLimiter:
             if counted > reserved and unit != "output_tokens" and observed.latest_sent >= reservation.reserved_at:
                 continue  # headers of this call, or of a later one, have counted it already
             observed.bucket.end(now, reserved, counted)
+            if observed.share is not observed.bucket:
+                observed.share.end(now, reserved, counted)
 
     def release(self, now: float, reservation: QuotaReservation) -> None:
         """Refund a call that was never sent.
@@ -300,6 +336,8 @@ class RateLimiter:
                 observed.bucket.refill(now)
                 if snapshot.window_number == observed.bucket.window_number:
                     observed.bucket.refund(now, getattr(reservation.charge, unit))
+                    if observed.share is not observed.bucket:
+                        observed.share.refund(now, getattr(reservation.charge, unit))
 
     def record_throttled(
         self,
@@ -328,7 +366,7 @@ class RateLimiter:
             if scope is None or scope.unit in (None, unit):
                 observed.doubt.record_refused(now)
             if unit in trial_of:
-                observed.lower(getattr(reservation.charge, unit))
+                observed.take_back_trial(now, getattr(reservation.charge, unit))
         self.release(now, reservation)
         self.update_from_headers(now, headers, reservation, throttled=True)
         wanted = 0.0 if retry_after is None or not retry_after > 0 else retry_after
@@ -397,7 +435,7 @@ class RateLimiter:
         buckets: list[tuple[str, Bucket, ObservedLimit | None]] = [
             (unit, bucket, None) for unit, _, bucket in self._given
         ]
-        return buckets + [(unit, observed.bucket, observed) for unit, observed in self._observed.items()]
+        return buckets + [(unit, observed.share, observed) for unit, observed in self._observed.items()]
 
     def _advance(self, now: float) -> None:
         """Set the time; if the clock went back, keep the remaining seconds of all waits."""
@@ -455,8 +493,7 @@ class RateLimiter:
         if limit is None or header.remaining is None:
             return None
         period = next((bucket.period for bucket in given if bucket.amount == limit), _MINUTE)
-        observed = ObservedLimit(limit, period, now, min(header.remaining, limit), exact=unit == "requests")
-        self._observe(unit, observed)
+        observed = self._observe(now, unit, limit, period, min(header.remaining, limit))
         reservation.snapshots[unit] = observed.snapshot(0.0)
         for other in self._open.values():  # `remaining` does not count calls sent later yet, nor output under way
             if other.number > reservation.number or unit == "output_tokens":
@@ -464,11 +501,15 @@ class RateLimiter:
                 other.snapshots[unit] = observed.snapshot(self._under_way[unit])
         return observed
 
-    def _observe(self, unit: str, observed: ObservedLimit) -> None:
-        """Count a unit by a limit from now on."""
+    def _observe(self, now: float, unit: str, limit: float, period: float, level: float) -> ObservedLimit:
+        """Begin to observe a limit, and count what open reservations hold of its unit."""
+        observed = ObservedLimit(round(limit), period, now, level, exact=unit == "requests")
         self._observed[unit] = observed
         if unit not in self._under_way:
             self._under_way[unit] = sum(getattr(each.charge, unit) for each in self._open.values())
+        if self._shares is not None:
+            observed.share = self._shares.open(unit, observed)
+        return observed
 
     def _quiet_seconds(self) -> float:
         """Return the seconds for which the headers of successes need not be parsed."""
@@ -501,13 +542,14 @@ class RateLimiter:
             return
         unit, bucket, observed = max(fitting, key=tightness)
         amount = getattr(charge, unit)
-        likely = max(-bucket.amount, amount - wanted * bucket.rate) if bucket.window_end is None else 0.0
+        window_end = bucket.window_end if observed is None else observed.bucket.window_end
+        likely = max(-bucket.amount, amount - wanted * bucket.rate) if window_end is None else 0.0
         if observed is None:
             if scope is not None:
                 bucket.lower_to(likely)
-        elif bucket.level > likely:
-            observed.lower(bucket.level - likely)
-            if bucket.window_end is not None and unit != "requests":
+        elif bucket.level > likely or bucket is not observed.bucket:
+            observed.record_used_up(now, likely)
+            if window_end is not None and unit != "requests":
                 self._forget_reserved(unit)
 
     def _forget_reserved(self, unit: str) -> None:

@@ -155,6 +155,11 @@ class Account:
         self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
+    @property
+    def refusals(self) -> RefusalControl:
+        """The calls that were refused, and the rate that was learned from them."""
+        return self._refusals
+
     def _share_stoppages(self) -> Mapping[str, CallStoppage]:
         """Use stoppages of calls that processes share, and return them."""
         suspension, pause = LeasedSuspension(), LeasedPause()

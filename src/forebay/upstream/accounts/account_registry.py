@@ -253,10 +253,11 @@ class AccountRegistry:
 
         def open_account() -> Account:
             limit = guarded_limit(settings.new_limit(mark))
+            limiter = RateLimiter(quotas, buckets=buckets)
             return Account(
                 ":".join(part for part in (f"upstream:{settings.name}", settings.label_of(mark), group) if part),
                 limit=limit if lease is None else lease.bind_limit(limit),
-                quotas=RateLimiter(quotas, buckets=buckets),
+                quotas=limiter if lease is None else lease.observed.bind(limiter),
                 breaker=(Breaker if lease is None else LeasedBreaker)(settings.breaker, draw=self._draw),
                 budgets=self.budgets.for_request,
                 upstream_budget=self.budgets.upstream_budget,

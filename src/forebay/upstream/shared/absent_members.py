@@ -71,7 +71,7 @@ def absent_members(state: LedgerState) -> list[EndedMember]:
 
 def quota_of_the_absent(state: LedgerState, number: int) -> float:
     """Return what they may have used of a quota since their leases ended."""
-    quota, used = state.terms.quotas[number], 0.0
+    quota, used = state.quotas[number], 0.0
     for ended in absent_members(state):
         seconds = state.time - ended.until + LEASE_MARGIN
         used += min(1.0, seconds / quota.seconds) * ended.share * quota.amount

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from typing import Final, Protocol
 
@@ -12,6 +12,7 @@ from forebay.interfaces import Charge
 from forebay.limit import Limit
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.latency import CallDurations
+from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.shared.call_stoppage import CallStoppage
 from forebay.upstream.shared.lease import ExchangeLink, LedgerLease
 from forebay.upstream.shared.leased_bucket import LEAST_LOOK, LeasedBucket
@@ -25,6 +26,8 @@ from forebay.upstream.shared.messages import (
     SlotReply,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_lease import ObservedLease
+from forebay.upstream.shared.rate_lease import RateLease
 
 _LOOK_AHEAD: Final = 64  # waiting calls whose needs are added up
 _PATIENCE: Final = 600.0  # seconds without a call after which the process leaves the ledger
@@ -50,6 +53,10 @@ class CallDemand(Protocol):
     durations: CallDurations
     stoppages: Mapping[str, CallStoppage]
 
+    @property
+    def refusals(self) -> RefusalControl:
+        """The calls that were refused."""
+
     def is_paused(self, now: float) -> bool:
         """Return whether no call is sent now, whatever the ledger grants."""
 
@@ -67,6 +74,8 @@ class AccountLease(LedgerLease):
     Attributes:
         buckets: the quotas, in the order of the terms.
         is_bounded: the ledger bounds the calls in flight.
+        observed: the shares in the limits that headers show.
+        rate: the share in the rate that is learned from refusals.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
@@ -76,6 +85,8 @@ class AccountLease(LedgerLease):
         self._learned: LeasedLimit | None = None
         self._stoppages = LeasedStoppages({})
         self.is_bounded = terms.max_concurrent is not None or terms.limit is not None
+        self.observed = ObservedLease(self)
+        self.rate = RateLease()
         super().__init__(link, key, terms, patience=_PATIENCE)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
@@ -84,6 +95,8 @@ class AccountLease(LedgerLease):
         super().reset()
         for bucket in self.buckets:
             bucket.reset_lease()
+        self.observed.reset()
+        self.rate.reset()
         self._slots = SlotReply(allowed=0)
         self._others = 0  # calls that other processes may have in flight
         self._allowed = 0  # calls in flight
@@ -95,6 +108,7 @@ class AccountLease(LedgerLease):
         """Use the calls of an account, its lock, and what serves its queue."""
         self._demand, self.lock, self._look = demand, lock, look
         self._stoppages = LeasedStoppages(demand.stoppages)
+        self.rate.bind(demand.refusals)
 
     def bind_limit(self, limit: Limit) -> Limit:
         """Return the limit of an account, learned together with other processes if the terms say so."""
@@ -164,9 +178,9 @@ class AccountLease(LedgerLease):
     def is_busy(self, now: float) -> bool:
         """See `LedgerLease`."""
         calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
-        return (
-            bool(calls) or self._stoppages.is_stopping(now) or not all(bucket.is_full(now) for bucket in self.buckets)
-        )
+        if bool(calls) or self._stoppages.is_stopping(now) or not self.observed.is_full(now):
+            return True
+        return not all(bucket.is_full(now) for bucket in self.buckets)
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`."""
@@ -180,16 +194,20 @@ class AccountLease(LedgerLease):
         if self._learned is not None:
             lapsed = -math.inf < self.until < now
             limit = self._learned.report(now, members=max(1, self.members) if lapsed else 1)
+        observed_quotas, observed = self.observed.report(now, charges, leaving=leaving)
         return self.new_request(
             leaving=leaving,
             priority=int(waiting[0].priority) if waiting else 0,
             quotas=tuple(
                 _report(now, quota.unit, bucket, charges, leaving=leaving)
                 for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True)
-            ),
+            )
+            + observed_quotas,
             slots=slots,
             limit=limit,
             stoppages=self._stoppages.report(now, 0 if demand is None or not waiting else demand.queue.length),
+            observed=observed,
+            rate=self.rate.report(now, 0 if demand is None else demand.queue.length),
         )
 
     def _slot_request(self, now: float, waiting: int) -> SlotRequest | None:
@@ -212,7 +230,9 @@ class AccountLease(LedgerLease):
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
         """See `LedgerLease`."""
-        quotas = reply.quotas or (None,) * len(self.buckets)
+        quotas = reply.quotas[: len(self.buckets)] or (None,) * len(self.buckets)
+        self.observed.receive(now, request, reply)
+        self.rate.receive(now, request, reply)
         for bucket, quota in zip(self.buckets, quotas, strict=True):
             bucket.receive(now, quota, reply.competing)
         retry_in = math.inf if reply.retry_in is None else reply.retry_in
@@ -234,6 +254,7 @@ class AccountLease(LedgerLease):
         """See `LedgerLease`."""
         for bucket in self.buckets:
             bucket.keep_unreported()
+        self.observed.keep_unreported()
         self._allowed = 0
         self._stoppages.keep_unreported()
 
@@ -250,6 +271,7 @@ class AccountLease(LedgerLease):
         demand = self._demand
         if demand is None:
             return
+        self.rate.set_share(leased=now < self.until, members=self.members)
         self._peak = max(self._peak, demand.in_flight)
         if self._pending is not None or self.due <= now:
             return  # the exchange that is under way, or due, brings what is needed
@@ -264,6 +286,8 @@ class AccountLease(LedgerLease):
         for bucket in self.buckets:
             if bucket.is_low(now):
                 return now
+        if self.observed.needs_exchange(now) or self.rate.has_news(demand.queue.length):
+            return now
         when = self._next_for_calls(now, demand) if demand.queue.length else math.inf
         if self._learned is not None and self._learned.has_news(now):
             if self._learned.is_cut(now):
@@ -284,21 +308,25 @@ class AccountLease(LedgerLease):
         charge: Charge = head[2].request.charge
         if not self._is_short_for(now, demand, charge):
             return math.inf
-        return self._retry_at if self._has_asked_for(charge) else now
+        return self._retry_at if self._has_asked_for(now, charge) else now
 
     def _is_short_for(self, now: float, demand: CallDemand, charge: Charge) -> bool:
         """Return whether a call waits for the ledger."""
         if demand.in_flight >= self.slots(now):
             return True
-        quotas = zip(self.terms.quotas, self.buckets, strict=True)
-        return any(bucket.time_until(now, getattr(charge, quota.unit)) > 0.0 for quota, bucket in quotas)
+        return any(bucket.time_until(now, getattr(charge, unit)) > 0.0 for unit, bucket in self._all_buckets(now))
 
-    def _has_asked_for(self, charge: Charge) -> bool:
+    def _all_buckets(self, now: float) -> Iterator[tuple[str, LeasedBucket]]:
+        """Yield the unit and the bucket of each quota that calls wait for."""
+        for quota, bucket in zip(self.terms.quotas, self.buckets, strict=True):
+            yield quota.unit, bucket
+        yield from self.observed.buckets(now)
+
+    def _has_asked_for(self, now: float, charge: Charge) -> bool:
         """Return whether the ledger was asked for such a call, and has not granted it yet."""
         if self._retry_at == math.inf:
             return False
-        quotas = zip(self.terms.quotas, self.buckets, strict=True)
-        return all(getattr(charge, quota.unit) <= bucket.asked for quota, bucket in quotas)
+        return all(getattr(charge, unit) <= bucket.asked for unit, bucket in self._all_buckets(now))
 
     def wake(self) -> None:
         """See `LedgerLease`."""

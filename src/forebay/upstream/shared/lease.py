@@ -20,6 +20,8 @@ from forebay.upstream.shared.messages import (
     QuotaRequest,
     SlotRequest,
 )
+from forebay.upstream.shared.observed_messages import ObservedRequest
+from forebay.upstream.shared.rate_messages import RateRequest
 from forebay.upstream.shared.stoppage_messages import StoppageRequest
 
 SHARED_ACCOUNT: Final = "shared account"
@@ -165,6 +167,8 @@ class LedgerLease(ABC):
         budget: BudgetRequest | None = None,
         limit: LimitRequest | None = None,
         stoppages: dict[str, StoppageRequest] | None = None,
+        observed: tuple[ObservedRequest, ...] = (),
+        rate: RateRequest | None = None,
     ) -> ExchangeRequest:
         """Return the next request."""
         return ExchangeRequest(
@@ -182,6 +186,8 @@ class LedgerLease(ABC):
             leaving=leaving,
             limit=limit,
             stoppages=stoppages,
+            observed=observed,
+            rate=rate,
         )
 
     def apply(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:

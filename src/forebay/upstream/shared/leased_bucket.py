@@ -31,6 +31,7 @@ class LeasedBucket(Bucket):
 
     Attributes:
         asked: what the first waiting call needed when it was last asked for.
+        counted_by_all: the use that the ledger has counted, if it does, at the latest reply.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class LeasedBucket(Bucket):
         "_taken_at",
         "_used",
         "asked",
+        "counted_by_all",
     )
 
     def __init__(self, terms: QuotaTerms, lease: LedgerLease) -> None:
@@ -64,6 +66,7 @@ class LeasedBucket(Bucket):
         """Forget what is held: this process is a new member."""
         self.held = 0.0
         self.asked = 0.0
+        self.counted_by_all = 0.0
         self._granted = 0.0  # held by this process, as the ledger has it
         self._used = 0.0  # of that; not reported yet
         self._reported = 0.0  # by the request that is under way
@@ -119,6 +122,20 @@ class LeasedBucket(Bucket):
         short = missing - max(0.0, self._estimated_level(now))
         refill = short * self._competing / self.rate if short > 0.0 else 0.0
         return max(exchange, refill, self._known_at + self._known_wait - now)
+
+    def lacks(self, now: float, amount: float) -> bool:
+        """Return whether `amount` has to wait because the ledger has not so much, and can ever have."""
+        return self._known_wait > 0.0 and amount <= self.amount and self.usable(now) < amount
+
+    @property
+    def is_sole(self) -> bool:
+        """True if no other process takes from the same quota."""
+        return self._lease.members <= 1
+
+    @property
+    def counted(self) -> float:
+        """The use of all processes, as far as it is known here."""
+        return self.counted_by_all + self._used
 
     def level_in(self, now: float, seconds: float) -> float:  # noqa: ARG002 - others may use what is refilled
         """Return what calls may take now: nothing more is certain."""

@@ -39,7 +39,10 @@ class LeasedStoppages:
 
     def ask_at(self, now: float, *, waiting: bool) -> float:
         """Return when an exchange is needed; infinity if none is. `waiting`: calls wait."""
-        return min((leased.ask_at(now, waiting=waiting) for leased in self._each), default=math.inf)
+        when = math.inf
+        for leased in self._each:  # asked twice for each call, and half as fast with a generator
+            when = min(when, leased.ask_at(now, waiting=waiting))
+        return when
 
     def report(self, now: float, waiting: int) -> dict[str, StoppageRequest]:
         """Return what to tell the ledger; `waiting`: calls that wait."""

@@ -30,6 +30,12 @@ from forebay.upstream.shared.budget_shares import (
 from forebay.upstream.shared.ledger_state import LAYOUT, EndedMember, LedgerState, MemberState
 from forebay.upstream.shared.limit_learning import begin_limit, limit_reply, report_limit
 from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.observed_learning import (
+    correct_observed,
+    observed_replies,
+    quota_requests,
+    report_observed,
+)
 from forebay.upstream.shared.periods import period_end
 from forebay.upstream.shared.quota_shares import (
     grant_quotas,
@@ -38,6 +44,7 @@ from forebay.upstream.shared.quota_shares import (
     report_quotas,
     return_quotas,
 )
+from forebay.upstream.shared.rate_shares import rate_reply, report_rate
 from forebay.upstream.shared.slot_shares import grant_slots
 from forebay.upstream.shared.stoppages import end_probes, report_stoppages, stoppage_replies
 
@@ -103,20 +110,29 @@ class AccountLedger:
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
         if counts:
-            report_quotas(state, member, request.quotas)
-            if request.budget is not None:
-                if forgotten:
-                    restore_spend(state, request.budget)
-                report_spend(state, member, request.budget)
-            if request.limit is not None and request.epoch == state.epoch:
-                report_limit(state, request.limit)
-            if request.stoppages is not None:
-                report_stoppages(state, name, request.stoppages)
+            self._count(member, request, forgotten=forgotten)
         reply = self._decide(request, member)
         member.reply = reply
         if request.leaving:
             self._end(name, EndedMember(member.sequence, state.time, member.held))
         return reply
+
+    def _count(self, member: MemberState, request: ExchangeRequest, *, forgotten: bool) -> None:
+        """Count what a member reports; `forgotten`: the ledger has lost an exchange that was answered."""
+        state = self.state
+        report_observed(state, member, request)
+        report_quotas(state, member, quota_requests(state, request))
+        correct_observed(state, member, request)
+        if request.rate is not None:
+            report_rate(state, member, request.rate, knows=request.epoch == state.epoch)
+        if request.budget is not None:
+            if forgotten:
+                restore_spend(state, request.budget)
+            report_spend(state, member, request.budget)
+        if request.limit is not None and request.epoch == state.epoch:
+            report_limit(state, request.limit)
+        if request.stoppages is not None:
+            report_stoppages(state, request.member, request.stoppages)
 
     def expires_at(self) -> float | None:
         """Return when a store may forget the ledger if no exchange comes, in its epoch seconds; None for never.
@@ -125,7 +141,7 @@ class AccountLedger:
         """
         state = self.state
         kept = LEASE + _KEEP_ENDED
-        for quota, level in zip(state.terms.quotas, state.levels, strict=True):
+        for quota, level in zip(state.quotas, state.levels, strict=True):
             kept = max(kept, _KEEP_ENDED + (quota.amount - level) * quota.seconds / quota.amount)
         if (budget := state.terms.budget) is not None:
             end = period_end(budget.per, state.period)
@@ -170,7 +186,7 @@ class AccountLedger:
         if (member := state.members.get(request.member)) is not None:
             member.absence = None
             return member, True
-        quotas = len(state.terms.quotas)
+        quotas = len(state.quotas)
         ended = state.ended.pop(request.member, None)
         lost = ended.lost if ended is not None and len(ended.lost) == quotas else [0.0] * quotas
         member = MemberState(
@@ -181,6 +197,7 @@ class AccountLedger:
             short=[0.0] * quotas,
             lost=list(lost),
             absence=ended,
+            under_way=[0.0] * len(state.observed),
         )
         state.members[request.member] = member
         if request.epoch and request.epoch != state.epoch:
@@ -201,11 +218,12 @@ class AccountLedger:
         if terms.limit != state.terms.limit:
             begin_limit(state, request.limit)
         levels = {
-            (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=True)
+            (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=False)
         }
+        observed = state.levels[len(state.terms.quotas) :]
         state.levels = [
             min(levels.get((quota.unit, quota.seconds), quota.amount), quota.amount) for quota in terms.quotas
-        ]
+        ] + observed
         state.terms = terms
         for name in list(state.members):
             end_probes(state, name)
@@ -223,7 +241,7 @@ class AccountLedger:
         if not member.is_waiting:
             member.waiting_since = state.time
         member.priority = request.priority
-        waits = grant_quotas(state, name, request.quotas)
+        waits = grant_quotas(state, name, quota_requests(state, request))
         retries = [max(waits)] if any(wait > 0.0 for wait in waits) else []
         slots = None
         if request.slots is not None and state.slot_limit() is not None:
@@ -246,6 +264,8 @@ class AccountLedger:
             budget=budget,
             limit=None if state.terms.limit is None else limit_reply(state, name),
             stoppages=None if request.stoppages is None else stoppage_replies(state, name, request.stoppages),
+            observed=observed_replies(state),
+            rate=None if request.rate is None else rate_reply(state, name),
         )
 
 

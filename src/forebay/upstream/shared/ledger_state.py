@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, SlotRequest
+from forebay.upstream.shared.messages import ExchangeReply, LedgerTerms, QuotaTerms, SlotRequest
+from forebay.upstream.shared.observed_quota import ObservedQuota
+from forebay.upstream.shared.rate_messages import SharedRate
 from forebay.upstream.shared.stoppage_state import StoppageState
 
 LAYOUT = 2
@@ -39,6 +41,9 @@ class MemberState(msgspec.Struct):
         reply: the reply to its latest request.
         absence: how it was when its lease ended, until it has reported what it used after that: what it sends first is
             the request that was not answered.
+        under_way: of each observed quota: what its calls in flight have reserved.
+        rate_demand: calls a second that it sends, or would send.
+        rate_trial_until: until then only it tries why calls are refused.
     """
 
     sequence: int
@@ -58,6 +63,9 @@ class MemberState(msgspec.Struct):
     usd_short: float = 0.0
     reply: ExchangeReply | None = None
     absence: EndedMember | None = None
+    under_way: list[float] = []
+    rate_demand: float = 0.0
+    rate_trial_until: float = 0.0
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""
@@ -102,7 +110,7 @@ class LedgerState(msgspec.Struct):
         terms: its settings.
         clock: the latest reading of the store's clock, in epoch seconds.
         time: its own clock: it goes on from where it was if the store's goes back.
-        levels: of each quota: what nobody holds.
+        levels: of each quota, the given ones first: what nobody holds.
         members: by id.
         ended: members that have ended lately, by id.
         away_until: when the store was back, after nobody had asked for so long that it was away.
@@ -118,6 +126,11 @@ class LedgerState(msgspec.Struct):
         silent_until: until then no call is sent, because a lone one was refused.
         stoppages: of its calls, by kind.
         layout: of the version that wrote it. The first one wrote none.
+        observed: the limits that its members have observed.
+        rate: that its members have learned from refusals; None if none is.
+        rate_epoch: how often a member has learned something of it.
+        rate_at: when that was.
+        rate_counted: calls of all members that were sent and not refused.
     """
 
     epoch: str
@@ -140,6 +153,16 @@ class LedgerState(msgspec.Struct):
     silent_until: float = 0.0
     stoppages: dict[str, StoppageState] = {}
     layout: int = 1
+    observed: list[ObservedQuota] = []
+    rate: SharedRate | None = None
+    rate_epoch: int = 0
+    rate_at: float = 0.0
+    rate_counted: int = 0
+
+    @property
+    def quotas(self) -> list[QuotaTerms | ObservedQuota]:
+        """All quotas: those of the terms, and then the observed ones."""
+        return [*self.terms.quotas, *self.observed]
 
     @property
     def spent(self) -> float:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from forebay._text import format_duration
+from forebay.upstream.shared.observed_messages import ObservedReply, ObservedRequest
+from forebay.upstream.shared.rate_messages import RateReply, RateRequest
 from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 
 
@@ -193,12 +195,14 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
         members: how many there are, as that reply told it; 0 before the first.
         terms: the settings of this process.
         priority: of the first waiting call; the lowest number is served first.
-        quotas: one for each of the terms, in their order.
+        quotas: one for each of the terms, in their order, and then one for each of `observed`.
         slots: None if the terms bound none.
         budget: None if the terms have none.
         leaving: the member ends: it returns all that it holds.
         limit: None if the terms have none.
         stoppages: by kind; None if it shares none.
+        observed: the limits that the member has observed, or was told.
+        rate: None if the member learns no rate.
     """
 
     ledger: str
@@ -215,6 +219,8 @@ class ExchangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     leaving: bool = False
     limit: LimitRequest | None = None
     stoppages: dict[str, StoppageRequest] | None = None
+    observed: tuple[ObservedRequest, ...] = ()
+    rate: RateRequest | None = None
 
 
 class QuotaReply(msgspec.Struct, frozen=True):
@@ -295,11 +301,13 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
         competing: how many wait for more than they were granted, this one included if it does.
         retry_in: seconds after which to ask again for what was not granted; None if all that was needed was granted.
         conflict: the terms of the live members, if they differ from those of the request; nothing was done then.
-        quotas: one for each of the terms.
+        quotas: one for each of the terms, and then one for each of `observed`.
         slots: None if the terms bound none.
         budget: None if the terms have none.
         limit: None if the terms have none.
         stoppages: by kind, those of the request of which the member does not know everything; None if there are none.
+        observed: the limits that all members have observed.
+        rate: None if the request has none.
     """
 
     epoch: str
@@ -313,6 +321,8 @@ class ExchangeReply(msgspec.Struct, frozen=True, kw_only=True):
     budget: BudgetReply | None = None
     limit: LimitReply | None = None
     stoppages: dict[str, StoppageReply] | None = None
+    observed: tuple[ObservedReply, ...] = ()
+    rate: RateReply | None = None
 
 
 LEASE = 5.0

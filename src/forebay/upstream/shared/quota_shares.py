@@ -11,6 +11,7 @@ from typing import Final
 from forebay.upstream.shared.absent_members import quota_of_the_absent
 from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import QuotaReply, QuotaRequest
+from forebay.upstream.shared.observed_quota import ObservedQuota
 
 _CHUNK: Final = 0.02  # of the amount: what a member may hold beyond its need
 _QUICK_CHUNK: Final = 0.02  # seconds of refill that one grant may have beyond its need although others wait
@@ -20,8 +21,12 @@ _LEAST_WAIT: Final = 0.002  # seconds
 
 def refill_quotas(state: LedgerState, elapsed: float) -> None:
     """Refill all quotas for the time that has passed."""
-    for number, quota in enumerate(state.terms.quotas):
-        state.levels[number] += elapsed * quota.amount / quota.seconds
+    for number, quota in enumerate(state.quotas):
+        if isinstance(quota, ObservedQuota):
+            level = quota.refilled(state.levels[number], _held(state, number), state.time, elapsed)
+        else:
+            level = state.levels[number] + elapsed * quota.amount / quota.seconds
+        state.levels[number] = level
         _bound(state, number)
 
 
@@ -80,8 +85,15 @@ def return_quotas(state: LedgerState, member: MemberState) -> None:
 
 def _bound(state: LedgerState, number: int) -> None:
     """Lose what does not fit into a quota beside what is held of it."""
-    held = sum(member.held[number] for member in state.members.values())
-    state.levels[number] = min(state.levels[number], state.terms.quotas[number].amount - held)
+    quota = state.quotas[number]
+    state.levels[number] = min(state.levels[number], quota.amount - _held(state, number))
+    if isinstance(quota, ObservedQuota):  # headers correct the rest of a debt
+        state.levels[number] = max(state.levels[number], -quota.amount)
+
+
+def _held(state: LedgerState, number: int) -> float:
+    """Return what all members hold of a quota."""
+    return sum(member.held[number] for member in state.members.values())
 
 
 def _level(state: LedgerState, number: int) -> float:
@@ -91,19 +103,31 @@ def _level(state: LedgerState, number: int) -> float:
 
 def _wait(state: LedgerState, number: int, member: MemberState, before: list[MemberState]) -> float:
     """Return the seconds until a member can get its need, if those before it get theirs first; 0 for now."""
-    quota = state.terms.quotas[number]
+    quota = state.quotas[number]
     if member.short[number] <= 0.0:
         return 0.0
-    missing = member.short[number] + sum(other.short[number] for other in before) - _level(state, number)
+    needed = member.short[number] + sum(other.short[number] for other in before)
+    missing = needed + _margin(state, number, needed) - _level(state, number)
+    if isinstance(quota, ObservedQuota):
+        wait = quota.wait(missing if missing > _EPSILON * quota.amount else 0.0, state.time)
+        return max(_LEAST_WAIT, wait) if wait > 0.0 else 0.0
     if missing <= _EPSILON * quota.amount:
         return 0.0
     return max(_LEAST_WAIT, missing * quota.seconds / quota.amount)
 
 
+def _margin(state: LedgerState, number: int, needed: float) -> float:
+    """Return what is to be left of a quota when `needed` is taken."""
+    quota = state.quotas[number]
+    return quota.margin(needed, _held(state, number)) if isinstance(quota, ObservedQuota) else 0.0
+
+
 def _chunk(state: LedgerState, number: int, name: str, before: list[MemberState], wanted: float) -> float:
     """Return what a member gets beyond its need: what nobody else waits for, or a moment's refill."""
-    quota, member = state.terms.quotas[number], state.members[name]
-    level = _level(state, number)
+    quota, member = state.quotas[number], state.members[name]
+    if isinstance(quota, ObservedQuota) and quota.wait(0.0, state.time) > 0.0:
+        return 0.0
+    level = _level(state, number) - _margin(state, number, 0.0)
     waiting = sum(other.short[number] for other in state.others(name) if other.wishes(state.time))
     ahead = sum(other.short[number] for other in before)
     available = max(level - waiting, min(level - ahead, _QUICK_CHUNK * quota.amount / quota.seconds))

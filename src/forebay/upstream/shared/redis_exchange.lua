@@ -9,6 +9,7 @@ local LEASE, LEASE_MARGIN, LAPSE = 5.0, 0.25, 1.5
 local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
 local SILENCE, RECOVERY, UNNAMED = 2.5, 2.0, '?'
 local CHUNK, QUICK_CHUNK, EPSILON, LEAST_WAIT = 0.02, 0.02, 1e-9, 0.002
+local MARGIN, WINDOW_DELAY, ROUNDING, MAX_UNITS = 0.01, 0.2, 1.0, 8
 local MONEY_CHUNK, SHARE_OF_FREE, MONEY_EPSILON, MONEY_RETRY = 0.01, 0.25, 1e-12, 0.05
 local HOUR, DAY = 3600, 86400
 local floor, max, min = math.floor, math.max, math.min
@@ -111,6 +112,40 @@ local function kept(asked, held)
   return min(held, asked.needed > held and reserved or max(reserved, asked.needed, asked.wanted))
 end
 
+-- observed quotas: see observed_quota.py
+
+local function quota_of(state, number)
+  local given = #state.terms.quotas
+  if number <= given then return state.terms.quotas[number], false end
+  return state.observed[number - given], true
+end
+
+local function held_of(state, names, number)
+  local held = 0
+  for _, name in ipairs(names) do held = held + state.members[name].held[number] end
+  return held
+end
+
+local function refilled(quota, level, held, time, elapsed)
+  if not quota.window_end then return level + elapsed * quota.amount / quota.seconds end
+  if time < quota.window_end then return level end
+  local windows = floor((time - quota.window_end) / quota.seconds) + 1
+  quota.window_end = quota.window_end + quota.seconds * windows
+  return quota.amount - held
+end
+
+local function margin_of(state, names, number, needed)
+  local quota, is_observed = quota_of(state, number)
+  if not is_observed or quota.window_end then return 0 end
+  return max(0, min(MARGIN * quota.amount, quota.amount - held_of(state, names, number) - needed))
+end
+
+local function observed_wait(quota, missing, time)
+  if not quota.window_end then return max(0, missing * quota.seconds / quota.amount) end
+  if missing <= 0 then return max(0, quota.window_end - quota.seconds + WINDOW_DELAY - time) end
+  return quota.window_end + WINDOW_DELAY - time + quota.seconds * (math.ceil(missing / quota.amount) - 1)
+end
+
 local function slot_limit(state)
   if not state.terms.limit then return state.terms.max_concurrent end
   return state.time < state.silent_until and 0 or floor(state.limit)
@@ -183,7 +218,7 @@ local function absent_members(state)
 end
 
 local function quota_of_the_absent(state, number)
-  local quota, used = state.terms.quotas[number], 0
+  local quota, used = quota_of(state, number), 0
   for _, ended in ipairs(absent_members(state)) do
     local seconds = state.time - ended.until_ + LEASE_MARGIN
     used = used + min(1, seconds / quota.seconds) * ended.share * quota.amount
@@ -198,15 +233,21 @@ local function free_level(state, number)
 end
 
 local function bound_quota(state, names, number)
-  local held = 0
-  for _, name in ipairs(names) do held = held + state.members[name].held[number] end
-  state.levels[number] = min(state.levels[number], state.terms.quotas[number].amount - held)
+  local quota, is_observed = quota_of(state, number)
+  state.levels[number] = min(state.levels[number], quota.amount - held_of(state, names, number))
+  if is_observed then state.levels[number] = max(state.levels[number], -quota.amount) end
 end
 
 local function refill_quotas(state, elapsed)
   local names = sorted_names(state.members)
-  for number, quota in ipairs(state.terms.quotas) do
-    state.levels[number] = state.levels[number] + elapsed * quota.amount / quota.seconds
+  for number in ipairs(state.levels) do
+    local quota, is_observed = quota_of(state, number)
+    if is_observed then
+      local held = held_of(state, names, number)
+      state.levels[number] = refilled(quota, state.levels[number], held, state.time, elapsed)
+    else
+      state.levels[number] = state.levels[number] + elapsed * quota.amount / quota.seconds
+    end
     bound_quota(state, names, number)
   end
 end
@@ -227,18 +268,25 @@ local function report_quotas(state, names, member, asked)
   end
 end
 
-local function quota_wait(state, number, member, before)
-  local quota = state.terms.quotas[number]
+local function quota_wait(state, names, number, member, before)
+  local quota, is_observed = quota_of(state, number)
   if member.short[number] <= 0 then return 0 end
   local ahead = 0
   for _, other in ipairs(before) do ahead = ahead + other.short[number] end
-  local missing = member.short[number] + ahead - free_level(state, number)
+  local needed = member.short[number] + ahead
+  local missing = needed + margin_of(state, names, number, needed) - free_level(state, number)
+  if is_observed then
+    local wait = observed_wait(quota, missing > EPSILON * quota.amount and missing or 0, state.time)
+    return wait > 0 and max(LEAST_WAIT, wait) or 0
+  end
   if missing <= EPSILON * quota.amount then return 0 end
   return max(LEAST_WAIT, missing * quota.seconds / quota.amount)
 end
 
 local function quota_chunk(state, names, number, name, before, wanted)
-  local quota, level, waiting, ahead = state.terms.quotas[number], free_level(state, number), 0, 0
+  local quota, is_observed = quota_of(state, number)
+  if is_observed and observed_wait(quota, 0, state.time) > 0 then return 0 end
+  local level, waiting, ahead = free_level(state, number) - margin_of(state, names, number, 0), 0, 0
   for _, other in ipairs(names) do
     local each = state.members[other]
     if other ~= name and wishes(state, each) then waiting = waiting + each.short[number] end
@@ -254,7 +302,7 @@ local function grant_quotas(state, names, name, asked)
     member.short[number] = max(0, quota.needed - member.held[number])
   end
   for number in ipairs(asked) do
-    waits[number] = quota_wait(state, number, member, before)
+    waits[number] = quota_wait(state, names, number, member, before)
     waiting = waiting or waits[number] > 0
   end
   if waiting then return waits end
@@ -268,6 +316,179 @@ local function grant_quotas(state, names, name, asked)
     state.levels[number] = state.levels[number] - chunk
   end
   return waits
+end
+
+-- the limits that headers show: see observed_learning.py
+
+local function number_of(state, unit)
+  for number, quota in ipairs(state.observed) do
+    if quota.unit == unit then return #state.terms.quotas + number end
+  end
+  return nil
+end
+
+local function begin_observed(state, names, asked)
+  if #state.observed >= MAX_UNITS then return nil end
+  state.observed[#state.observed + 1] = {
+    unit = asked.unit, amount = asked.amount, seconds = asked.seconds, epoch = 0,
+    window_end = asked.ends_in and state.time + asked.ends_in, counted = 0, doubted_until = 0,
+  }
+  local left = asked.seen and asked.seen.remaining - asked.under_way or 0
+  state.levels[#state.levels + 1] = max(-asked.amount, min(left, asked.amount))
+  for _, name in ipairs(names) do
+    local member = state.members[name]
+    member.under_way = member.under_way or {}
+    for _, amounts in ipairs({member.held, member.short, member.lost, member.under_way}) do
+      amounts[#amounts + 1] = 0
+    end
+  end
+  return #state.levels
+end
+
+local function change_observed(state, names, number, asked)
+  local quota = quota_of(state, number)
+  if asked.amount > quota.amount then
+    state.levels[number] = state.levels[number] + asked.amount - quota.amount
+  end
+  quota.amount, quota.seconds = asked.amount, asked.seconds
+  quota.window_end = asked.ends_in and state.time + asked.ends_in or nil
+  quota.epoch = quota.epoch + 1
+  bound_quota(state, names, number)
+end
+
+local function report_observed(state, names, member, request)
+  local given = #state.terms.quotas
+  for _, asked in ipairs(request.observed or {}) do
+    local number = number_of(state, asked.unit) or begin_observed(state, names, asked)
+    if number then
+      local quota = quota_of(state, number)
+      if request.epoch == state.epoch and asked.epoch == quota.epoch then
+        if asked.is_changed then change_observed(state, names, number, asked) end
+        if asked.doubt then quota.doubted_until = state.time + asked.doubt end
+      end
+      member.under_way[number - given] = asked.under_way
+    end
+  end
+end
+
+local function quota_requests(state, request)
+  local given, quotas, by_unit = #state.terms.quotas, {}, {}
+  for number = 1, given do quotas[number] = request.quotas[number] end
+  for number, asked in ipairs(request.observed or {}) do by_unit[asked.unit] = request.quotas[given + number] end
+  for number, quota in ipairs(state.observed) do
+    quotas[given + number] = by_unit[quota.unit] or {used = 0, reserved = 0, needed = 0, wanted = 0}
+  end
+  return quotas
+end
+
+local function correct_level(state, names, member, number, seen)
+  local quota, level = quota_of(state, number), state.levels[number]
+  local held, under_way, refill = held_of(state, names, number), 0, 0
+  for _, name in ipairs(names) do
+    under_way = under_way + state.members[name].under_way[number - #state.terms.quotas]
+  end
+  if not quota.window_end then refill = seen.age * quota.amount / quota.seconds + ROUNDING end
+  local most = seen.remaining + refill - (seen.throttled and held or member.held[number])
+  if level > most then
+    state.levels[number] = most
+  else
+    local used_since = max(0, quota.counted - seen.counted)
+    state.levels[number] = max(level, seen.remaining - held - under_way - used_since)
+  end
+  bound_quota(state, names, number)
+end
+
+local function correct_observed(state, names, member, request)
+  for index, asked in ipairs(request.observed or {}) do
+    local number = number_of(state, asked.unit)
+    if number then
+      local quota = quota_of(state, number)
+      quota.counted = quota.counted + max(0, request.quotas[#state.terms.quotas + index].used)
+      if asked.seen and asked.epoch == quota.epoch and request.epoch == state.epoch then
+        correct_level(state, names, member, number, asked.seen)
+      end
+    end
+  end
+end
+
+local function observed_replies(state)
+  local replies = {}
+  for number, quota in ipairs(state.observed) do
+    replies[number] = {
+      unit = quota.unit, amount = quota.amount, seconds = quota.seconds, epoch = quota.epoch, counted = quota.counted,
+      ends_in = quota.window_end and quota.window_end - state.time, doubt = max(0, quota.doubted_until - state.time),
+    }
+  end
+  return replies
+end
+
+-- the learned rate: see rate_shares.py
+
+local function trial_elsewhere(state, name)
+  local ends = 0
+  for other, member in pairs(state.members) do
+    if other ~= name then ends = max(ends, member.rate_trial_until or 0) end
+  end
+  return max(0, ends - state.time)
+end
+
+local function report_rate(state, member, request)
+  local asked = request.rate
+  member.rate_demand = asked.demand
+  if asked.trial > 0 and trial_elsewhere(state, request.member) == 0 then
+    member.rate_trial_until = state.time + asked.trial
+  end
+  state.rate_counted = state.rate_counted + asked.counted
+  local epoch = request.epoch == state.epoch and asked.epoch or -1
+  if asked.learned and (epoch == state.rate_epoch or state.rate_epoch == 0) then
+    state.rate, state.rate_epoch, state.rate_at = asked.learned, state.rate_epoch + 1, state.time
+  end
+end
+
+local function fair_rates(total, names, demands)
+  local parts, left, open = {}, total, names
+  while #open > 0 do
+    local each, still = left / #open, {}
+    for _, name in ipairs(open) do
+      if demands[name] <= each then parts[name] = demands[name] else still[#still + 1] = name end
+    end
+    if #still == #open then
+      for _, name in ipairs(open) do parts[name] = each end
+      return parts
+    end
+    for _, name in ipairs(open) do
+      if parts[name] then left = left - parts[name] end
+    end
+    open = still
+  end
+  for _, name in ipairs(names) do parts[name] = parts[name] + left / #names end
+  return parts
+end
+
+local function rate_share(state, names, name)
+  local wanting, demands, wanted = {}, {}, 0
+  for _, other in ipairs(names) do
+    local member = state.members[other]
+    local demand = member.rate_demand or 0
+    if other == name then
+      wanting[#wanting + 1] = other
+    elseif demand > 0 and wishes(state, member) then
+      wanting[#wanting + 1], demands[other], wanted = other, demand, wanted + demand
+    end
+  end
+  local own = state.members[name].rate_demand or 0
+  local rate = state.rate and state.rate.rate or wanted + own
+  if rate <= 0 then return 1 end
+  demands[name] = own > 0 and own or rate
+  return min(1, fair_rates(rate, wanting, demands)[name] / rate)
+end
+
+local function rate_reply(state, names, name)
+  return {
+    epoch = state.rate_epoch, counted = state.rate_counted, share = rate_share(state, names, name),
+    learned = state.rate, age = state.rate_epoch > 0 and state.time - state.rate_at or 0,
+    trial = trial_elsewhere(state, name),
+  }
 end
 
 -- slots: see slot_shares.py
@@ -557,10 +778,11 @@ end
 local NEW_LEDGER = {
   time = 0, away_until = 0, recovers_until = 0, period = -1, recovered = 0, reported = 0, alerted = 0,
   previous_period = -1, previous_spent = 0, limit = 1, limit_epoch = 0, silent_until = 0,
+  rate_epoch = 0, rate_at = 0, rate_counted = 0,
 }
 local NEW_MEMBER = {
   waiting_since = 0, is_waiting = false, priority = 0, slots = 0, slots_wanted = 0, served_at = 0,
-  usd = 0, usd_reserved = 0, usd_short = 0,
+  usd = 0, usd_reserved = 0, usd_short = 0, rate_demand = 0, rate_trial_until = 0,
 }
 local NEW_ENDED = {until_ = 0, share = 0, slots = 0, usd = 0}
 
@@ -577,7 +799,11 @@ local function load_ledger(packed)
   if layout > LAYOUT then return nil, cmsgpack.pack({layout = layout}) end
   if layout < LAYOUT then
     fill(state, NEW_LEDGER)
-    for _, member in pairs(state.members) do fill(member, NEW_MEMBER) end
+    state.observed = state.observed or {}
+    for _, member in pairs(state.members) do
+      fill(member, NEW_MEMBER)
+      member.under_way = member.under_way or {}
+    end
     for _, ended in pairs(state.ended) do fill(ended, NEW_ENDED) end
     state.layout = LAYOUT
   end
@@ -591,7 +817,7 @@ local function open_ledger(now, request)
   end
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now,
-    levels = levels, members = {}, ended = {}, layout = LAYOUT,
+    levels = levels, members = {}, ended = {}, observed = {}, layout = LAYOUT,
   }
   fill(state, NEW_LEDGER)
   begin_limit(state, request.limit)
@@ -607,8 +833,9 @@ end
 
 local function expires_at(state)
   local kept, budget = LEASE + KEEP_ENDED, state.terms.budget
-  for number, quota in ipairs(state.terms.quotas) do
-    kept = max(kept, KEEP_ENDED + (quota.amount - state.levels[number]) * quota.seconds / quota.amount)
+  for number, level in ipairs(state.levels) do
+    local quota = quota_of(state, number)
+    kept = max(kept, KEEP_ENDED + (quota.amount - level) * quota.seconds / quota.amount)
   end
   if budget then
     local ends = period_end(budget.per, state.period)
@@ -635,10 +862,13 @@ local function replace_terms(state, now, request)
   for number, quota in ipairs(state.terms.quotas) do
     levels[quota.unit .. '/' .. quota.seconds] = state.levels[number]
   end
+  local observed = {}
+  for number = #state.terms.quotas + 1, #state.levels do observed[#observed + 1] = state.levels[number] end
   state.levels = {}
   for number, quota in ipairs(terms.quotas) do
     state.levels[number] = min(levels[quota.unit .. '/' .. quota.seconds] or quota.amount, quota.amount)
   end
+  for _, level in ipairs(observed) do state.levels[#state.levels + 1] = level end
   for name in pairs(state.members) do end_probes(state, name) end
   state.terms, state.members = terms, {}
   if terms.budget then begin_period(state, terms.budget, now) end
@@ -650,13 +880,14 @@ local function join(state, request)
     member.absence = nil
     return member, true
   end
-  local ended, count = state.ended[request.member], #state.terms.quotas
+  local ended, count = state.ended[request.member], #state.levels
   state.ended[request.member] = nil
   member = {
     sequence = request.sequence, until_ = state.time, seen = state.time, held = {}, short = {}, lost = {},
-    absence = ended,
+    absence = ended, under_way = {},
   }
   fill(member, NEW_MEMBER)
+  for number = 1, #state.observed do member.under_way[number] = 0 end
   for number = 1, count do
     member.held[number], member.short[number] = 0, 0
     member.lost[number] = ended and #ended.lost == count and ended.lost[number] or 0
@@ -684,7 +915,7 @@ local function decide(state, request, member)
   end
   if not member.is_waiting then member.waiting_since = state.time end
   member.priority = request.priority
-  local waits, retry = grant_quotas(state, names, name, request.quotas), nil
+  local waits, retry = grant_quotas(state, names, name, quota_requests(state, request)), nil
   for _, wait in ipairs(waits) do
     if wait > 0 then retry = max(retry or 0, wait) end
   end
@@ -710,7 +941,8 @@ local function decide(state, request, member)
   return {
     epoch = state.epoch, members = #names, rank = rank, competing = competing,
     retry_in = retry and min(MAX_RETRY, retry), quotas = quotas, slots = slots, budget = budget,
-    limit = state.terms.limit and limit_reply(state, names, name),
+    limit = state.terms.limit and limit_reply(state, names, name), observed = observed_replies(state),
+    rate = request.rate and rate_reply(state, names, name),
     stoppages = request.stoppages and stoppage_replies(state, name, request.stoppages),
   }
 end
@@ -754,7 +986,11 @@ local forgotten = request.answered > (heard and heard.sequence or 0)
 local member, counts = join(state, request)
 member.sequence, member.seen, member.until_ = request.sequence, state.time, state.time + LEASE
 if counts then
-  report_quotas(state, sorted_names(state.members), member, request.quotas)
+  local names = sorted_names(state.members)
+  report_observed(state, names, member, request)
+  report_quotas(state, names, member, quota_requests(state, request))
+  correct_observed(state, names, member, request)
+  if request.rate then report_rate(state, member, request) end
   if request.budget then
     if forgotten then restore_spend(state, request.budget) end
     report_spend(state, member, request.budget)

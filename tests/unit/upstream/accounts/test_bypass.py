@@ -17,7 +17,6 @@ from forebay.breaker import UPSTREAM_RULES, Breaker
 from forebay.interfaces import Charge, Outcome
 from forebay.limit import FixedLimit, Grant
 from forebay.quota import Quota, RateLimiter
-from forebay.quota.observed import ObservedLimit
 from forebay.quota.quota_doubt import QuotaDoubt
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
@@ -154,8 +153,7 @@ def account_of(slots: int, rules: list[Rule], usd: float = math.inf) -> BypassCo
     quotas = RateLimiter(Quota(**{rule.unit: rule.amount}, per="minute", strict=False) for rule in given)
     for rule in rules:
         if rule.window_end is not None:  # as if learned from headers
-            observed = ObservedLimit(rule.amount, 60.0, 0.0, rule.amount)
-            quotas._observe(rule.unit, observed)
+            observed = quotas._observe(0.0, rule.unit, rule.amount, 60.0, rule.amount)
             observed.doubt = QuotaDoubt(1e12, rule.amount, 1.0)  # no trials: they exceed the quota
             observed.bucket.window_end, observed.bucket.window_delay = rule.window_end, 0.0
     return BypassCountingAccount(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.call_request import CallRequest
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.lease import LedgerLease
@@ -70,7 +71,9 @@ def grant(lease: AccountLease, held: float, now: float) -> ExchangeRequest:
 def use_slots(lease: AccountLease, ledger: AccountLedger, now: float, calls: int) -> SimpleNamespace:
     """Let calls wait for slots, get them by an exchange, and be in flight; return the demand of their account."""
     queue = SimpleNamespace(length=calls, in_order=lambda: [WAITING] * calls, head=lambda: (0, 0, WAITING))
-    demand = SimpleNamespace(in_flight=0, queue=queue, is_paused=lambda _: False)
+    demand = SimpleNamespace(
+        in_flight=0, queue=queue, is_paused=lambda _: False, stoppages={}, refusals=RefusalControl()
+    )
     lease.bind(demand, lease.lock, lambda: None)  # type: ignore[arg-type]
     exchange(lease, ledger, now)
     queue.length, demand.in_flight = 0, calls

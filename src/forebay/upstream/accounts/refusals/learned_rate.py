@@ -7,6 +7,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from forebay.upstream.accounts.refusals.refusal_pause import Block
+from forebay.upstream.shared.rate_messages import SharedRate, SharedRateCheck
 
 _MARGIN: Final = 0.98  # of the measured rate, so that the provider's bucket gains a little
 _MIN_COUNT: Final = 10  # calls accepted between two blocks from which their rate is a measurement ...
@@ -52,6 +53,8 @@ _MIN_CHECKED: Final = 7  # calls accepted in a check ...
 _MORE: Final = 1.1  # ... and times the rate that was refused, from which it speaks against a rate ...
 _LESS: Final = 0.8  # ... and times that, below which it confirms one
 _PASSES: Final = 2  # checks in a row that speak against a rate and disprove it
+_LONG_AGO: Final = 1e9  # seconds: as good as never
+_SAME_BLOCK: Final = 0.5  # seconds between the ends of blocks that are one
 _STALE: Final = 600.0  # seconds without a refusal for a rate, after which the rate is forgotten
 
 
@@ -86,9 +89,12 @@ class LearnedRate:
     Attributes:
         rate: calls a second; infinity while none is known.
         measured: the rate is a measurement, not a guess.
+        share: of the rate with which calls are sent here: other processes send the others.
+        version: changes whenever something is learned, or another step begins.
     """
 
     __slots__ = (
+        "_adopted_at",
         "_before",
         "_before_rise",
         "_believed",
@@ -105,6 +111,7 @@ class LearnedRate:
         "_mark",
         "_next_at",
         "_next_step_at",
+        "_others",
         "_passes",
         "_refusals",
         "_refused_at",
@@ -115,11 +122,16 @@ class LearnedRate:
         "_wait",
         "measured",
         "rate",
+        "share",
+        "version",
     )
 
     def __init__(self) -> None:
         self.rate = math.inf
         self.measured = False
+        self.share = 1.0
+        self.version = 0
+        self._others = 0  # calls of other processes that are counted
         self._held = math.inf  # the highest rate that was not refused for a whole step, since the latest block
         self._learned = math.inf  # the rate after the latest block, before it rose
         self._before = math.inf  # the rate before the first block
@@ -134,6 +146,7 @@ class LearnedRate:
         self._blocks: deque[_Mark] = deque(maxlen=_MAX_BLOCKS)
         self._refusals = self._learned_count = 0  # calls refused since the rate was learned, and accepted before
         self._refused_at = -math.inf  # when the latest block ended
+        self._adopted_at = -math.inf  # when the block ended from which another process has learned latest
         self._sent_at = -math.inf  # when the latest call was sent
         self._next_at = -math.inf  # when the next call may be sent
         self._step = _FIRST_STEP
@@ -146,6 +159,16 @@ class LearnedRate:
     def known(self) -> bool:
         """True if calls are spaced."""
         return self.rate < math.inf
+
+    @property
+    def _interval(self) -> float:
+        """Seconds between two calls that are sent here."""
+        return 1.0 / (self.rate * self.share)
+
+    @property
+    def own_count(self) -> int:
+        """Calls of this process that were sent and not refused."""
+        return self._count - self._others
 
     @property
     def rising(self) -> bool:
@@ -165,6 +188,7 @@ class LearnedRate:
         """Space calls no more: no rate is the cause of the refusals."""
         self._falls = self._passes = 0
         self._believed, self._check = 0.0, None
+        self.version += self.known
         self.rate = self._held = self._learned = math.inf
         self.measured = False
         self._next_at = -math.inf
@@ -182,10 +206,11 @@ class LearnedRate:
         if not self.known:
             return 0.0
         own = max(0.0, self._next_at - now)
+        rate = self.rate * self.share
         if self.measured or not ahead:
-            return own + ahead / self.rate
+            return own + ahead / rate
         growth = math.log1p(_UNKNOWN_STEP)  # a second: a guess is low at first, and must not reject calls
-        return own + math.log1p(growth * ahead / self.rate) / growth
+        return own + math.log1p(growth * ahead / rate) / growth
 
     def record_sent(self, now: float, *, blocked: bool) -> None:
         """Note that a call is sent; `blocked`: calls are refused at present."""
@@ -200,9 +225,68 @@ class LearnedRate:
             self._earlier_mark, self._mark = self._mark, _Mark(now, self._count, now)
         if self.rate < math.inf:
             self._sent_in_step += 1
-            self._next_at = max(self._next_at, now - _LATE) + 1.0 / self.rate
+            self._next_at = max(self._next_at, now - _LATE) + self._interval
             if now >= self._next_step_at and not blocked:
                 self._rise(now)
+
+    def record_others(self, now: float, count: int) -> None:
+        """Note that other processes have sent `count` calls that were not refused; below 0: that so many were."""
+        self._count += count
+        self._others += count
+        if count > 0:
+            self._sent_at = now
+            self._sent_in_step += count
+
+    def export(self, now: float) -> SharedRate:
+        """Return what has been learned, for the other processes of the account."""
+        check = self._check
+        return SharedRate(
+            rate=_finite(self.rate),
+            measured=self.measured,
+            held=_finite(self._held),
+            learned=_finite(self._learned),
+            before=_finite(self._before),
+            before_rise=self._before_rise,
+            falls=self._falls,
+            believed=self._believed,
+            passes=self._passes,
+            step=self._step,
+            wait=self._wait,
+            refused_ago=min(_LONG_AGO, now - self._refused_at),
+            step_ago=min(_LONG_AGO, now - self._step_start),
+            step_left=max(-_LONG_AGO, self._next_step_at - now),
+            check=None
+            if check is None
+            else SharedRateCheck(
+                check.rate, check.refused_rate, now - check.start.at, min(_LONG_AGO, now - check.refused_at)
+            ),
+        )
+
+    def adopt(self, now: float, shared: SharedRate, *, age: float) -> None:
+        """Take over what another process has learned `age` seconds ago."""
+        then, count, was_known = now - age, self._count, self.known
+        self.rate, self.measured = _infinite(shared.rate), shared.measured
+        self._held, self._learned = _infinite(shared.held), _infinite(shared.learned)
+        self._before, self._before_rise = _infinite(shared.before), shared.before_rise
+        self._falls, self._believed, self._passes = shared.falls, shared.believed, shared.passes
+        self._step, self._wait = shared.step, shared.wait
+        self._step_start, self._next_step_at = then - shared.step_ago, then + shared.step_left
+        self._sent_in_step = round(self.rate * (now - self._step_start)) if self.known else 0
+        self._check = None
+        if shared.check is not None:
+            at, refused_at = then - shared.check.began_ago, then - shared.check.refused_ago
+            start = _Mark(at, count, now)
+            self._check = _Check(shared.check.rate, shared.check.refused_rate, start, refused_at)
+        refused_at = then - shared.refused_ago
+        if refused_at > self._refused_at + _SAME_BLOCK:  # the calls of all were counted until then
+            self._refused_at = self._adopted_at = refused_at
+            self._blocks.append(_Mark(refused_at, count, now))
+            self._refusals, self._learned_count = 0, count
+        self._next_at = (
+            now + self._interval if self.known and not was_known else min(self._next_at, now + self._interval)
+        )
+        if not self.known:
+            self._next_at = -math.inf
 
     def record_refused(self, sent_at: float) -> None:
         """Note that a call was refused, for whatever reason, or not sent: it was not accepted.
@@ -228,6 +312,8 @@ class LearnedRate:
             block: the row of refusals.
             guess: make a guess if there is no measurement; False if a known quota explains the refusals.
         """
+        if block.refused <= self._adopted_at:
+            return  # its calls were sent before it was known what another process has learned from them
         while self._blocks and self._blocks[0].at < now - _MEMORY:
             self._blocks.popleft()
         count, refused_rate, learned = self._count, self.rate, self._learned
@@ -239,7 +325,7 @@ class LearnedRate:
             self._end_check(now, block, self._check)
             return
         if self._is_tolerated(block):
-            self._refused_at, self._next_at = now, now + 1.0 / self.rate
+            self._refused_at, self._next_at = now, now + self._interval
             if self.rising:
                 self._before_rise, self.rate = self._learned, self._held
                 self._learned = self.rate
@@ -276,7 +362,7 @@ class LearnedRate:
         """
         self._check = _Check(self.rate, refused_rate, _Mark(block.ended, self._count, now), block.refused)
         self.rate *= _FASTER
-        self._next_at = now + 1.0 / self.rate
+        self._next_at = now + self._interval
         self._begin_step(now, _CHECK_SECONDS)
 
     def _end_check(self, now: float, block: Block, check: _Check) -> None:
@@ -381,7 +467,7 @@ class LearnedRate:
 
     def _begin_wait(self, now: float, block: Block, *, certain: bool) -> None:
         """Wait for a time until the rate rises, longer if it had just begun to, or if the block lasted long."""
-        self._next_at = now + 1.0 / self.rate
+        self._next_at = now + self._interval
         if not self.measured:
             self._step = _UNKNOWN_STEP
             self._begin_step(now, 1.0)
@@ -398,6 +484,7 @@ class LearnedRate:
 
     def _begin_step(self, now: float, seconds: float) -> None:
         self._step_start, self._next_step_at, self._sent_in_step = now, now + seconds, 0
+        self.version += 1
 
     def _rise(self, now: float) -> None:
         """Raise the rate if it was used, and forget it if it is out of date."""
@@ -419,6 +506,14 @@ class LearnedRate:
                 self._wait, self._falls, self._believed = _FIRST_WAIT, 0, 0.0
         seconds = _STEP_SECONDS if self.rate < _FAST_FROM * self._learned else _FAST_STEP_SECONDS
         self._begin_step(now, max(seconds, _MIN_COUNT / self.rate) if self.measured else 1.0)
+
+
+def _finite(rate: float) -> float | None:
+    return None if rate == math.inf else rate
+
+
+def _infinite(rate: float | None) -> float:
+    return math.inf if rate is None else rate
 
 
 def _seconds(block: Block) -> float:

@@ -147,6 +147,22 @@ class RefusalCause:
         if in_flight <= self.peak:
             self._count(_PAUSED)
 
+    @property
+    def score(self) -> float:
+        """The evidence for a rate."""
+        return self._score
+
+    @property
+    def is_disproved(self) -> bool:
+        """True once a learned rate was disproved."""
+        return self._enough == _ENOUGH_DISPROVED
+
+    def adopt(self, now: float, score: float, *, is_disproved: bool) -> None:
+        """Take over the evidence that another process has found."""
+        if score > self._score:  # what speaks against a rate is seen by each process itself
+            self._score, self._limit_at = score, now
+        self._enough = _ENOUGH_DISPROVED if is_disproved else _ENOUGH
+
     def disprove_rate(self) -> None:
         """Note that a learned rate did not keep calls from being refused: it takes longer to learn one again."""
         self._score, self._enough = 0.0, _ENOUGH_DISPROVED

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Final
 
+import msgspec
+
 from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RIGHT_AFTER, RefusalTrial, TrialVerdict
+from forebay.upstream.shared.rate_messages import SharedRate
 
 _PENALTY_COST: Final = 30.0  # times as long as a penalty, for which the calls in flight stay below what caused it ...
 _MAX_CAP_SECONDS: Final = 600.0  # ... up to this
@@ -16,6 +19,8 @@ _MIN_PENALTY: Final = 1.0  # seconds of a block from which it may be a penalty
 _SURE: Final = 3  # trials, one after the other, that found a limit: each more lets a further row go untried ...
 _MAX_UNTRIED: Final = 7  # ... up to so many, if a measured rate explains them
 _LONG_RETRY_AFTER: Final = 3.0  # seconds from which one is believed where too few calls come for a trial
+_SOLE_TRIAL: Final = 2.5  # seconds for which only one of the processes that share an account tries ...
+_SOLE_TRIAL_MEASURED: Final = 10.0  # ... if a measured rate explains the refusals
 _GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
 
 
@@ -34,6 +39,8 @@ class RefusalControl:
         self._cause = RefusalCause()
         self._pause = RefusalPause() if pause is None else pause
         self._trial = RefusalTrial()
+        self._tried_elsewhere_until = -math.inf  # another process tries until then, for all
+        self._trial_asked: float | None = None  # when the refused call was sent for which all are asked for a trial
         self._limits = 0  # trials one after the other that found a limit
         self._untried = 0  # rows of refusals since the latest trial
         self._more = False  # the row began with more calls in flight than were accepted before, which may be the cause
@@ -46,6 +53,35 @@ class RefusalControl:
         self._cap = math.inf  # calls in flight, after a refusal that blocked the account for long
         self._cap_until = -math.inf
         self._now = -math.inf
+
+    def export(self, now: float) -> SharedRate:
+        """Return what has been learned of a rate, for the other processes of the account."""
+        cause = self._cause
+        return msgspec.structs.replace(
+            self.rate.export(now), limits=self._limits, score=cause.score, is_disproved=cause.is_disproved
+        )
+
+    def adopt(self, now: float, shared: SharedRate, *, age: float) -> None:
+        """Take over what another process has learned `age` seconds ago."""
+        self.rate.adopt(now, shared, age=age)
+        if shared.limits > self._limits:
+            self._untried = 0
+        self._limits = shared.limits
+        self._cause.adopt(now, shared.score, is_disproved=shared.is_disproved)
+
+    @property
+    def wanted_trial(self) -> float:
+        """The seconds for which this process would try, alone of all, why calls are refused; 0 if it would not."""
+        if self._trial_asked is None:
+            return 0.0
+        return _SOLE_TRIAL_MEASURED if self.rate.measured else _SOLE_TRIAL
+
+    def answer_trial(self, now: float, elsewhere: float) -> None:
+        """Begin the trial that was wanted, unless another process tries for `elsewhere` seconds."""
+        asked, self._trial_asked = self._trial_asked, None
+        self._tried_elsewhere_until = now + elsewhere
+        if asked is not None and elsewhere <= 0.0 and not self._pause.silent:
+            self._trial.begin(now, asked, self.rate.recent(now))
 
     def wait(self, now: float) -> float:
         """Return the seconds until a call may be sent; 0 for now."""
@@ -161,9 +197,9 @@ class RefusalControl:
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
         verdict = self._trial.record_refused(sent_at)
-        more = self._cause.record_refused(
-            now, sent_at, in_flight, rising=self.rate.rising or not begins, paused=self._pause.silent
-        )
+        # How many calls other processes have in flight is not known well.
+        says_nothing = self.rate.rising or not begins or (self.rate.measured and self.rate.share < 1.0)
+        more = self._cause.record_refused(now, sent_at, in_flight, rising=says_nothing, paused=self._pause.silent)
         if begins:
             self._more, self._judged = more, False
             self._untried += 1
@@ -176,7 +212,7 @@ class RefusalControl:
         quiet = after >= _LONG_RETRY_AFTER and not self._trial.can_decide(now)  # then its word is all that there is
         certain = self._judged or quota_explains or late or quiet or not self._begin_trial(now, sent_at)
         self.rate.record_refused(sent_at)
-        silence = _GAP / self.rate.rate if rate and self.rate.known else 0.0
+        silence = _GAP / (self.rate.rate * self.rate.share) if rate and self.rate.known else 0.0
         if self._pause.record_refused(now, sent_at, retry_after=after, certain=rate and certain, first_silence=silence):
             self._quota_explains = False
             self._blocked_in_flight = in_flight
@@ -188,9 +224,14 @@ class RefusalControl:
 
     def _begin_trial(self, now: float, sent_at: float) -> bool:
         """Let the next calls go at once; return False if the row of refusals needs no trial."""
-        if self._pause.silent or (self.rate.measured and self._untried <= min(_MAX_UNTRIED, self._limits - _SURE)):
+        if self._pause.silent or now < self._tried_elsewhere_until:
             return False
-        self._trial.begin(now, sent_at, self.rate.recent(now))
+        if self.rate.measured and self._untried <= min(_MAX_UNTRIED, self._limits - _SURE):
+            return False
+        if self.rate.share < 1.0 and not self._trial.is_open(now):
+            self._trial_asked = sent_at if self._trial_asked is None else self._trial_asked
+        else:
+            self._trial.begin(now, sent_at, self.rate.recent(now))
         return True
 
     def _record_limit(self, now: float) -> None:
