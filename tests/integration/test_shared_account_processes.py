@@ -151,3 +151,36 @@ def test_a_process_that_was_paused_for_longer_than_its_lease_passes_no_limit_whe
     # Calls for which it had permits when it was paused begin or end later: each of its callers has one at most.
     woken = [number for number, (name, _) in enumerate(lines) if name == "sleeper" and number >= paused_at]
     assert in_flight_after(lines, woken[4 * CALLERS], "sleeper", "other") <= LIMIT
+
+
+FAILING = """
+import asyncio, sys
+from forebay import Overloaded, Upstream
+from forebay.breaker import BreakerRules, consecutive_faults
+
+rules = BreakerRules(triggers=(consecutive_faults(3),), reset_timeout=600.0, max_reset_timeout=600.0)
+llm = Upstream("llm", max_concurrent=4, breaker=rules, shared=sys.argv[1])
+
+async def main():
+    try:
+        for _ in range(int(sys.argv[2])):
+            try:
+                async with llm.call():
+                    print("called", flush=True)
+                    raise ConnectionError
+            except ConnectionError:
+                pass
+    except Overloaded as error:
+        print(error.limited_by, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_a_breaker_that_a_process_has_opened_is_open_in_the_next_one(tmp_path: Path) -> None:
+    def run(calls: int) -> list[str]:
+        command = [sys.executable, "-c", FAILING, f"sqlite:///{tmp_path}/account.db", str(calls)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+    assert run(3) == ["called"] * 3
+    assert run(1) == ["upstream:llm:breaker"]
