@@ -295,6 +295,18 @@ async def test_a_strict_quota_is_passed_by_no_tokens_that_may_be_made(processes:
 
 
 @virtual
+async def test_calls_of_a_better_priority_go_first_whichever_process_has_them(processes: AccountProcesses) -> None:
+    upstreams = processes.open(quotas=[Quota(requests=2, per="second")])
+    low, high = CallDriver(upstreams[0], seconds=0.0), CallDriver(upstreams[-1], seconds=0.0)
+    await asyncio.gather(*(low.start() for _ in range(2)))
+    waiting = [low.start(priority=Priority.LOW) for _ in range(12)]
+    await asyncio.sleep(1.1)
+    await asyncio.gather(*(high.start(priority=Priority.HIGH) for _ in range(4)))
+    assert sum(time < high.times[-1] for time in low.times) <= 2 + 2 + 1
+    await asyncio.gather(*waiting)
+
+
+@virtual
 async def test_calls_that_leave_the_queue_use_no_quota(processes: AccountProcesses) -> None:
     calls = CallDriver(*processes.open(quotas=[Quota(requests=6, per="minute")], max_wait=600.0), seconds=0.0)
     await asyncio.gather(*(calls.start() for _ in range(6)))
