@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.gateway_harness import GatewayHarness, gateway_harness
+from tests.support.issued_keys import IssuedKeys
 from tests.support.task_stores import STORES, StoreBackend
 
 
@@ -14,6 +15,12 @@ from tests.support.task_stores import STORES, StoreBackend
 async def harness() -> AsyncIterator[GatewayHarness]:
     async with gateway_harness() as started:
         yield started
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> IssuedKeys:
+    """The keys that a gateway has issued, none yet."""
+    return IssuedKeys(tmp_path / "keys.db")
 
 
 @pytest.fixture(params=STORES, ids=str)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.support.gateway_harness import CHAT_REQUEST, GatewayHarness
-from tests.support.issued_keys import IssuedKeys, in_thread
+from tests.support.issued_keys import IssuedKeys, bearer, in_thread
 from typer.testing import CliRunner
 
 from forebay.cli.app import app
@@ -25,11 +25,6 @@ COST = 0.05
 CALL: Any = {"json": {**CHAT_REQUEST, "max_tokens": 20}}
 
 Open = Callable[..., Gateway]
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> IssuedKeys:
-    return IssuedKeys(tmp_path / "keys.db")
 
 
 @pytest.fixture
@@ -49,10 +44,6 @@ def opened(harness: GatewayHarness, path: Path) -> Open:
     return opened
 
 
-def by(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}"}
-
-
 async def spend(harness: GatewayHarness, gateway: Gateway, calls: int, headers: dict[str, str]) -> list[int]:
     """Make calls to both targets in turn, and return their statuses."""
     paths = ("/openai/v1/chat/completions", "/anthropic/v1/chat/completions")
@@ -69,7 +60,7 @@ async def test_a_call_is_attributed_to_the_name_of_its_key_everywhere(
     settings = {"keys": keys.url, "require_key": False, "access_log": "json", "access_log_to": str(log)}
     async with opened(**settings) as gateway:
         own = {"authorization": "Bearer sk-of-its-caller"}
-        assert await spend(harness, gateway, 1, by(text)) + await spend(harness, gateway, 1, own) == [200, 200]
+        assert await spend(harness, gateway, 1, bearer(text)) + await spend(harness, gateway, 1, own) == [200, 200]
         statistics = gateway.forwarder.targets[0].upstream.statistics()
         digest = next(row.api_key for row in statistics.usage if not row.key)
         assert re.fullmatch("[0-9a-f]{8}", digest)
@@ -105,7 +96,7 @@ async def test_an_issued_key_and_a_key_of_the_provider_of_one_name_are_told_apar
         (row,) = gateway.forwarder.targets[0].upstream.statistics().usage
         assert (row.key, row.api_key, row.usage.calls) == ("", "shared-name", 3)
     async with Gateway(settings, {"HELD": "sk-held"}) as gateway:  # the budget of the key is its own
-        assert (await harness.post(gateway, **CALL, headers=by(text)))[0] == 200
+        assert (await harness.post(gateway, **CALL, headers=bearer(text)))[0] == 200
     groups = await in_thread(read_spend, path, SpendQuery(by=("key", "api_key")))
     assert {group.values: group.amounts.calls for group in groups} == {
         ("", "shared-name"): 3,
@@ -122,7 +113,7 @@ async def test_a_call_that_a_fallback_serves_is_attributed_to_its_key_and_spends
     first = TargetSettings(name="first", rpm=1, fallback=(elsewhere,), **common)
     targets = (first, TargetSettings(name="second", **common))
     settings = GatewaySettings(targets=targets, listen="127.0.0.1:0", keys=keys.url, spend_log=f"sqlite:///{path}")
-    headers = {**by(text), "x-stainless-read-timeout": "2"}
+    headers = {**bearer(text), "x-stainless-read-timeout": "2"}
     async with Gateway(settings, held) as gateway:
         assert [(await harness.post(gateway, **CALL, headers=headers))[0] for _ in range(2)] == [200, 200]
     groups = await in_thread(read_spend, path, SpendQuery(by=("upstream", "model", "key")))
@@ -139,10 +130,10 @@ async def test_a_restart_does_not_refill_the_budget_of_a_key(
 ) -> None:
     text, other = await keys.create("writer", budget_usd=5 * COST), await keys.create("reader", budget_usd=COST)
     async with opened(keys=keys.url) as gateway:
-        assert await spend(harness, gateway, 3, by(text)) == [200] * 3  # at both targets
+        assert await spend(harness, gateway, 3, bearer(text)) == [200] * 3  # at both targets
     async with opened(keys=keys.url) as gateway:
-        assert await spend(harness, gateway, 3, by(text)) == [200, 200, 402]
-        assert await spend(harness, gateway, 2, by(other)) == [200, 402]
+        assert await spend(harness, gateway, 3, bearer(text)) == [200, 200, 402]
+        assert await spend(harness, gateway, 2, bearer(other)) == [200, 402]
 
 
 async def test_a_restart_does_not_refill_the_budget_of_a_tenant(harness: GatewayHarness, opened: Open) -> None:
@@ -160,13 +151,13 @@ async def test_a_key_that_is_rotated_keeps_its_spend_over_a_restart(
 ) -> None:
     text = await keys.create("writer", budget_usd=3 * COST)
     async with opened(keys=keys.url) as gateway:
-        await spend(harness, gateway, 1, by(text))
+        await spend(harness, gateway, 1, bearer(text))
         text = await keys.rotate("writer", grace=0.0)
         assert gateway.forwarder.keys is not None
         await gateway.forwarder.keys.refresh()
-        await spend(harness, gateway, 1, by(text))
+        await spend(harness, gateway, 1, bearer(text))
     async with opened(keys=keys.url) as gateway:
-        assert await spend(harness, gateway, 2, by(text)) == [200, 402]
+        assert await spend(harness, gateway, 2, bearer(text)) == [200, 402]
 
 
 async def test_a_key_of_another_file_with_the_same_name_goes_on_with_its_spend(
@@ -176,9 +167,9 @@ async def test_a_key_of_another_file_with_the_same_name_goes_on_with_its_spend(
     first = await keys.create("writer", budget_usd=2 * COST)
     second = await again.create("writer", budget_usd=2 * COST)
     async with opened(keys=keys.url) as gateway:
-        await spend(harness, gateway, 1, by(first))
+        await spend(harness, gateway, 1, bearer(first))
         await gateway.reload(msgspec.structs.replace(gateway.settings, keys=again.url))
-        assert await spend(harness, gateway, 2, by(second)) == [200, 402]
+        assert await spend(harness, gateway, 2, bearer(second)) == [200, 402]
 
 
 async def test_a_budget_that_a_key_gets_later_begins_with_what_it_has_spent(
@@ -186,11 +177,11 @@ async def test_a_budget_that_a_key_gets_later_begins_with_what_it_has_spent(
 ) -> None:
     text = await keys.create("writer")
     async with opened(keys=keys.url) as gateway:
-        await spend(harness, gateway, 2, by(text))
+        await spend(harness, gateway, 2, bearer(text))
         await keys.update("writer", budget_usd=3 * COST)
         assert gateway.forwarder.keys is not None
         await gateway.forwarder.keys.refresh()
-        assert await spend(harness, gateway, 2, by(text)) == [200, 402]
+        assert await spend(harness, gateway, 2, bearer(text)) == [200, 402]
 
 
 async def test_without_a_spend_log_the_budget_of_a_key_begins_again(
@@ -199,4 +190,4 @@ async def test_without_a_spend_log_the_budget_of_a_key_begins_again(
     text = await keys.create("writer", budget_usd=COST)
     for _ in range(2):
         async with opened(keeps=False, keys=keys.url) as gateway:
-            assert await spend(harness, gateway, 2, by(text)) == [200, 402]
+            assert await spend(harness, gateway, 2, bearer(text)) == [200, 402]

@@ -19,7 +19,7 @@ from tests.support.gateway_harness import (
     streaming,
     until,
 )
-from tests.support.issued_keys import IssuedKeys, in_thread
+from tests.support.issued_keys import IssuedKeys, bearer, in_thread, refresh
 
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.server import Gateway
@@ -30,11 +30,6 @@ IMPATIENT = {"x-stainless-read-timeout": "2"}
 MESSAGES: Any = CHAT_REQUEST["messages"]
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> IssuedKeys:
-    return IssuedKeys(tmp_path / "keys.db")
-
-
 def opened(
     harness: GatewayHarness, keys: IssuedKeys, *, gateway: dict[str, Any] | None = None, **target: Any
 ) -> Gateway:
@@ -42,17 +37,12 @@ def opened(
 
 
 def by(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}", **IMPATIENT}
+    return {**bearer(text), **IMPATIENT}
 
 
 def in_progress(gateway: Gateway, name: str) -> int:
     assert gateway.forwarder.keys is not None
     return gateway.forwarder.keys.limits_of(IssuedKey(name=name)).in_progress
-
-
-async def refresh(gateway: Gateway) -> None:
-    assert gateway.forwarder.keys is not None
-    await gateway.forwarder.keys.refresh()
 
 
 async def test_a_rate_of_a_key_is_a_429_with_a_retry_after(harness: GatewayHarness, keys: IssuedKeys) -> None:
@@ -112,7 +102,7 @@ async def test_calls_beyond_max_concurrent_wait_until_a_stream_has_ended(
         return response
 
     harness.provider.behaviour = stream
-    headers = {"authorization": f"Bearer {text}"}
+    headers = bearer(text)
     async with opened(harness, keys) as gateway:
         call: Any = {"json": {**CHAT_REQUEST, "stream": True}, "headers": headers}
         async with harness.session.post(harness.at(gateway), **call) as response:

@@ -16,6 +16,8 @@ from aiohttp import web
 from tests.support.gateway_harness import (
     CHAT_REQUEST,
     CHAT_RESPONSE,
+    HELD_KEY,
+    MESSAGE_RESPONSE,
     NOTHING_LEFT,
     GatewayHarness,
     leftovers,
@@ -24,7 +26,7 @@ from tests.support.gateway_harness import (
     responding,
     until,
 )
-from tests.support.issued_keys import IssuedKeys, in_thread
+from tests.support.issued_keys import IssuedKeys, bearer, in_thread, refresh
 
 from forebay import Priority, clock
 from forebay.errors import StoreUnavailable
@@ -33,40 +35,14 @@ from forebay.gateway.issued_keys import new_key
 from forebay.gateway.key_file import KeyFile
 from forebay.gateway.server import Gateway
 
-HELD = "sk-held-by-the-gateway"
-MESSAGE = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "claude-sonnet-4",
-    "content": [{"type": "text", "text": "The Danube."}],
-    "stop_reason": "end_turn",
-    "stop_sequence": None,
-    "usage": {"input_tokens": 30, "output_tokens": 20},
-}
 MESSAGES: Any = CHAT_REQUEST["messages"]
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> IssuedKeys:
-    return IssuedKeys(tmp_path / "keys.db")
 
 
 def opened(
     harness: GatewayHarness, keys: IssuedKeys, *, gateway: dict[str, Any] | None = None, **target: Any
 ) -> Gateway:
     settings = harness.settings(gateway={"keys": keys.url, **(gateway or {})}, **{"api_key_env": "HELD", **target})
-    return Gateway(settings, {"HELD": HELD, "TOKEN": "0123456789abcdef"})
-
-
-def bearer(text: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {text}"}
-
-
-async def refresh(gateway: Gateway) -> None:
-    """Look at the key file, as the gateway does each second."""
-    assert gateway.forwarder.keys is not None
-    await gateway.forwarder.keys.refresh()
+    return Gateway(settings, {"HELD": HELD_KEY, "TOKEN": "0123456789abcdef"})
 
 
 # --- by the SDKs ---
@@ -78,7 +54,9 @@ async def test_the_sdks_call_with_a_key_and_a_base_url(harness: GatewayHarness, 
         url = f"http://127.0.0.1:{gateway.port}"
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=text) as client:
             chat = await client.chat.completions.create(model="gpt-4o", messages=MESSAGES)
-        harness.provider.behaviour = responding(200, json.dumps(MESSAGE).encode(), content_type="application/json")
+        harness.provider.behaviour = responding(
+            200, json.dumps(MESSAGE_RESPONSE).encode(), content_type="application/json"
+        )
         async with anthropic.AsyncAnthropic(base_url=url, api_key=text) as claude:
             by_key = await claude.messages.create(model="claude-sonnet-4", max_tokens=20, messages=MESSAGES)
         async with anthropic.AsyncAnthropic(base_url=url, auth_token=text) as claude:
@@ -86,8 +64,8 @@ async def test_the_sdks_call_with_a_key_and_a_base_url(harness: GatewayHarness, 
     assert chat.choices[0].message.content == "The Danube."
     assert by_key.usage.output_tokens == by_token.usage.output_tokens == 20
     sent = [request.headers for request in harness.provider.requests]
-    assert [headers.get("authorization") for headers in sent] == [f"Bearer {HELD}", None, None]
-    assert [headers.get("x-api-key") for headers in sent] == [None, HELD, HELD]
+    assert [headers.get("authorization") for headers in sent] == [f"Bearer {HELD_KEY}", None, None]
+    assert [headers.get("x-api-key") for headers in sent] == [None, HELD_KEY, HELD_KEY]
 
 
 async def test_the_sdks_raise_their_own_errors_and_do_not_retry(harness: GatewayHarness, keys: IssuedKeys) -> None:
@@ -407,7 +385,7 @@ async def test_a_call_does_not_fall_back_to_where_its_key_may_not_go(
     first = TargetSettings(name="first", url=harness.url, api_key_env="HELD", rpm=1, fallback=(elsewhere,))
     second = TargetSettings(name="second", url=harness.url, api_key_env="HELD")
     settings = GatewaySettings(targets=(first, second), listen="127.0.0.1:0", keys=keys.url)
-    async with Gateway(settings, {"HELD": HELD}) as gateway:
+    async with Gateway(settings, {"HELD": HELD_KEY}) as gateway:
         statuses = [
             (await harness.post(gateway, headers={**bearer(key), "x-stainless-read-timeout": "2"}))[0]
             for key in (text, text, other)
@@ -674,6 +652,6 @@ async def test_a_key_stands_in_no_log_error_or_metric(
             async with harness.session.get(harness.at(gateway, "/metrics")) as response:
                 shown.append(await response.text())
             shown.append(gateway.forwarder.targets[0].upstream.statistics())
-    for key in (text, unknown, HELD):
+    for key in (text, unknown, HELD_KEY):
         assert key not in f"{shown}"
         assert key not in caplog.text

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,7 +18,7 @@ from tests.support.gateway_harness import (
     leftovers,
     responding,
 )
-from tests.support.issued_keys import IssuedKeys
+from tests.support.issued_keys import IssuedKeys, bearer
 
 from forebay.errors import InvalidSetting
 from forebay.gateway import (
@@ -365,9 +364,8 @@ async def test_what_continues_or_fetches_a_stored_response_goes_to_the_key_that_
 
 
 async def test_an_issued_key_is_for_the_alias_by_its_name_and_for_the_targets_that_serve_it(
-    harness: GatewayHarness, tmp_path: Path
+    harness: GatewayHarness, keys: IssuedKeys
 ) -> None:
-    keys = IssuedKeys(tmp_path / "keys.db")
     alias = ModelSettings(name="fast", target="b", model="gpt-4o")
     by_alias = await keys.create("by-alias", models=("fast",))
     by_model = await keys.create("by-model", models=("gpt-4o",))
@@ -375,13 +373,10 @@ async def test_an_issued_key_is_for_the_alias_by_its_name_and_for_the_targets_th
     made = msgspec.structs.replace(settings(harness, alias, a={}, b={"keys": TWO_KEYS}), keys=keys.url)
     async with Gateway(made, KEYS) as gateway:
         statuses = [
-            (await harness.post(gateway, json=FAST, headers={"authorization": f"Bearer {key}"}))[0]
-            for key in (by_alias, by_model, elsewhere)
+            (await harness.post(gateway, json=FAST, headers=bearer(key)))[0] for key in (by_alias, by_model, elsewhere)
         ]
         harness.provider.behaviour = listing()
-        async with harness.session.get(
-            harness.at(gateway, "/v1/models"), headers={"authorization": f"Bearer {by_model}"}
-        ) as response:
+        async with harness.session.get(harness.at(gateway, "/v1/models"), headers=bearer(by_model)) as response:
             listed = await response.json()
     assert statuses == [200, 403, 403]
     assert listed["data"] == []
@@ -394,14 +389,13 @@ POOLED = ModelSettings(name="fast", pool=tuple(DeploymentSettings(target=name) f
 
 async def with_key(harness: GatewayHarness, gateway: Gateway, key: str, path: str = "/v1/chat/completions") -> int:
     """Return the status of a call of the pool with an issued key."""
-    return (await harness.post(gateway, path, json=FAST, headers={"authorization": f"Bearer {key}"}))[0]
+    return (await harness.post(gateway, path, json=FAST, headers=bearer(key)))[0]
 
 
 @pytest.mark.parametrize("allowed", [("b",), ("a", "c"), ("c", "b")])
 async def test_an_issued_key_is_served_by_the_members_of_a_pool_that_it_may_use(
-    harness: GatewayHarness, tmp_path: Path, allowed: tuple[str, ...]
+    harness: GatewayHarness, keys: IssuedKeys, allowed: tuple[str, ...]
 ) -> None:
-    keys = IssuedKeys(tmp_path / "keys.db")
     limited, free = await keys.create("limited", targets=allowed), await keys.create("free")
     made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}), keys=keys.url)
     async with Gateway(made) as gateway:
@@ -415,9 +409,8 @@ async def test_an_issued_key_is_served_by_the_members_of_a_pool_that_it_may_use(
 
 
 async def test_a_call_with_an_issued_key_fails_over_only_within_its_targets(
-    harness: GatewayHarness, tmp_path: Path
+    harness: GatewayHarness, keys: IssuedKeys
 ) -> None:
-    keys = IssuedKeys(tmp_path / "keys.db")
     key = await keys.create("limited", targets=("a", "b"))
     harness.provider.behaviour = lambda request: (
         harness.provider.reply(request) if "at-c" in request.raw_path else responding(403)(request)
@@ -429,13 +422,12 @@ async def test_a_call_with_an_issued_key_fails_over_only_within_its_targets(
 
 
 async def test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias(
-    harness: GatewayHarness, tmp_path: Path
+    harness: GatewayHarness, keys: IssuedKeys
 ) -> None:
-    keys = IssuedKeys(tmp_path / "keys.db")
     elsewhere, one = await keys.create("elsewhere", targets=("d",)), await keys.create("one", targets=("b",))
     made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}, d={}), keys=keys.url)
     async with Gateway(made) as gateway:
-        headers = {"authorization": f"Bearer {elsewhere}"}
+        headers = bearer(elsewhere)
         status, _, answer = await harness.post(gateway, json=FAST, headers=headers)
         assert (status, answer["error"]["code"]) == (403, "forebay_target")
         assert "not for the targets 'a', 'b', 'c'" in answer["error"]["message"]
@@ -445,15 +437,14 @@ async def test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see
         seen = []
         for key in (elsewhere, one):
             url = harness.at(gateway, "/v1/models")
-            async with harness.session.get(url, headers={"authorization": f"Bearer {key}"}) as response:
+            async with harness.session.get(url, headers=bearer(key)) as response:
                 seen.append([model["id"] for model in (await response.json())["data"]])
     assert seen == [[], ["fast"]]
 
 
 async def test_a_pool_of_which_a_key_may_use_one_target_is_not_sent_the_caller_s_own_key(
-    harness: GatewayHarness, tmp_path: Path
+    harness: GatewayHarness, keys: IssuedKeys
 ) -> None:
-    keys = IssuedKeys(tmp_path / "keys.db")
     key = await keys.create("limited", targets=("b",))
     made = msgspec.structs.replace(settings(harness, POOLED, a={}, b={}, c={}), keys=keys.url)
     async with Gateway(made) as gateway:

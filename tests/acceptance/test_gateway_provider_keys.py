@@ -10,12 +10,18 @@ from typing import Any
 import anthropic
 import openai
 import pytest
-from tests.support.gateway_harness import CHAT_REQUEST, CHAT_RESPONSE, GatewayHarness, responding
+from tests.support.gateway_harness import (
+    CHAT_REQUEST,
+    CHAT_RESPONSE,
+    HELD_KEY,
+    MESSAGE_RESPONSE,
+    GatewayHarness,
+    responding,
+)
 
 from forebay.gateway import FallbackSettings, GatewaySettings, InvalidProviderKey, TargetSettings
 from forebay.gateway.server import Gateway
 
-HELD = "sk-held-by-the-gateway"
 CREDENTIALS = {
     "authorization": "Bearer sk-of-the-caller",
     "x-api-key": "sk-of-the-caller",
@@ -28,16 +34,6 @@ CREDENTIALS = {
     "x-goog-user-project": "proj-of-the-caller",
     "sec-websocket-protocol": "realtime, openai-insecure-api-key.sk-of-the-caller",
 }
-MESSAGE = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "claude-sonnet-4",
-    "content": [{"type": "text", "text": "The Danube."}],
-    "stop_reason": "end_turn",
-    "stop_sequence": None,
-    "usage": {"input_tokens": 30, "output_tokens": 20},
-}
 
 
 def holding(harness: GatewayHarness, **target: Any) -> GatewaySettings:
@@ -45,19 +41,19 @@ def holding(harness: GatewayHarness, **target: Any) -> GatewaySettings:
 
 
 def environment() -> dict[str, str]:
-    return {"HELD": f" {HELD}\n"}
+    return {"HELD": f" {HELD_KEY}\n"}
 
 
 @pytest.mark.parametrize(
     ("target", "path", "header", "value"),
     [
-        ("openai", "/v1/chat/completions", "authorization", f"Bearer {HELD}"),
-        ("anthropic", "/v1/messages", "x-api-key", HELD),
-        ("anthropic", "/anthropic/v1/messages/count_tokens", "x-api-key", HELD),
-        ("anthropic", "/anthropic/v1/models", "x-api-key", HELD),
-        ("anthropic", "/anthropic/v1/chat/completions", "authorization", f"Bearer {HELD}"),
-        ("azure", "/azure/openai/deployments/gpt-4o/chat/completions", "api-key", HELD),
-        ("vllm", "/vllm/v1/chat/completions", "authorization", f"Bearer {HELD}"),
+        ("openai", "/v1/chat/completions", "authorization", f"Bearer {HELD_KEY}"),
+        ("anthropic", "/v1/messages", "x-api-key", HELD_KEY),
+        ("anthropic", "/anthropic/v1/messages/count_tokens", "x-api-key", HELD_KEY),
+        ("anthropic", "/anthropic/v1/models", "x-api-key", HELD_KEY),
+        ("anthropic", "/anthropic/v1/chat/completions", "authorization", f"Bearer {HELD_KEY}"),
+        ("azure", "/azure/openai/deployments/gpt-4o/chat/completions", "api-key", HELD_KEY),
+        ("vllm", "/vllm/v1/chat/completions", "authorization", f"Bearer {HELD_KEY}"),
     ],
 )
 async def test_a_call_is_sent_with_the_held_key_where_its_provider_reads_it(
@@ -103,15 +99,17 @@ async def test_the_sdks_call_with_any_key(harness: GatewayHarness) -> None:
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", organization="o") as client:
             messages: Any = CHAT_REQUEST["messages"]
             chat = await client.chat.completions.create(model="gpt-4o", messages=messages)
-        harness.provider.behaviour = responding(200, json.dumps(MESSAGE).encode(), content_type="application/json")
+        harness.provider.behaviour = responding(
+            200, json.dumps(MESSAGE_RESPONSE).encode(), content_type="application/json"
+        )
         bearer = {"authorization": "Bearer unused"}
         async with anthropic.AsyncAnthropic(base_url=url, api_key="unused", default_headers=bearer) as claude:
             message = await claude.messages.create(model="claude-sonnet-4", max_tokens=20, messages=messages)
     assert chat.choices[0].message.content == "The Danube."
     assert message.usage.output_tokens == 20
     sent = [request.headers for request in harness.provider.requests]
-    assert sent[0]["authorization"] == f"Bearer {HELD}"
-    assert sent[1]["x-api-key"] == HELD
+    assert sent[0]["authorization"] == f"Bearer {HELD_KEY}"
+    assert sent[1]["x-api-key"] == HELD_KEY
     assert "authorization" not in sent[1]
 
 
@@ -128,16 +126,16 @@ async def test_a_key_is_read_from_a_file(harness: GatewayHarness, tmp_path: Path
     with pytest.raises(InvalidProviderKey, match="No such file"):
         async with Gateway(harness.settings(api_key_file=str(file))):
             pass
-    file.write_text(f"{HELD}\n")
+    file.write_text(f"{HELD_KEY}\n")
     async with Gateway(harness.settings(api_key_file=str(file))) as gateway:
         await harness.post(gateway)
-    assert harness.provider.requests[0].headers["authorization"] == f"Bearer {HELD}"
+    assert harness.provider.requests[0].headers["authorization"] == f"Bearer {HELD_KEY}"
 
 
 async def test_a_refused_held_key_is_no_fault_of_the_caller(
     harness: GatewayHarness, caplog: pytest.LogCaptureFixture
 ) -> None:
-    body = json.dumps({"error": {"message": f"Incorrect API key provided: {HELD}"}}).encode()
+    body = json.dumps({"error": {"message": f"Incorrect API key provided: {HELD_KEY}"}}).encode()
     harness.provider.behaviour = responding(401, body, content_type="application/json")
     async with Gateway(holding(harness), environment()) as gateway:
         with caplog.at_level(logging.ERROR, logger="forebay"):
@@ -145,13 +143,13 @@ async def test_a_refused_held_key_is_no_fault_of_the_caller(
     for status, headers, answer in answers:
         assert (status, answer["error"]["code"]) == (502, "forebay_provider_key")
         assert headers["x-should-retry"] == "false"
-        assert HELD not in str(answer)
+        assert HELD_KEY not in str(answer)
     assert [record.message.count("refused the API key") for record in caplog.records] == [1]
-    assert HELD not in caplog.text
+    assert HELD_KEY not in caplog.text
 
 
 async def test_an_error_that_quotes_the_held_key_passes_without_it(harness: GatewayHarness) -> None:
-    body = json.dumps({"error": {"message": f"{HELD} may not use this model"}}).encode()
+    body = json.dumps({"error": {"message": f"{HELD_KEY} may not use this model"}}).encode()
     harness.provider.behaviour = responding(403, body, content_type="application/json")
     async with Gateway(holding(harness), environment()) as gateway:
         status, _, answer = await harness.post(gateway)

@@ -21,6 +21,17 @@ CHAT_RESPONSE = {
     "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "The Danube."}}],
     "usage": {"prompt_tokens": 30, "completion_tokens": 20, "total_tokens": 50},
 }
+MESSAGE_RESPONSE = {  # of Anthropic's API
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-sonnet-4",
+    "content": [{"type": "text", "text": "The Danube."}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {"input_tokens": 30, "output_tokens": 20},
+}
+HELD_KEY = "sk-held-by-the-gateway"  # of a provider
 CHAT_REQUEST = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Rivers?"}], "max_tokens": 50}
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"The "},"finish_reason":null}]}\n\n'
 STOP = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'

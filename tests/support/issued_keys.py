@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from forebay import clock
 from forebay.gateway.issued_keys import IssuedKey, new_key
 from forebay.gateway.key_file import KeyFile
+from forebay.gateway.server import Gateway
 
 T = TypeVar("T")
 
@@ -17,6 +18,17 @@ T = TypeVar("T")
 async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
     """Return what a function that blocks returns, called in a thread."""
     return await asyncio.get_running_loop().run_in_executor(None, lambda: function(*arguments))
+
+
+def bearer(text: str) -> dict[str, str]:
+    """Return the headers of a call with a key."""
+    return {"authorization": f"Bearer {text}"}
+
+
+async def refresh(gateway: Gateway) -> None:
+    """Let a gateway look at its key file, as it does each second."""
+    assert gateway.forwarder.keys is not None
+    await gateway.forwarder.keys.refresh()
 
 
 class IssuedKeys:
