@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.redis_servers import redis_cluster, redis_server, shared
 
@@ -128,6 +129,30 @@ def test_a_request_that_is_repeated_is_counted_once_and_gets_the_same_reply(
 def test_the_exchanges_of_a_batch_are_answered_in_their_order(connect: Callable[[], LedgerStore]) -> None:
     replies = connect().exchange([ask("a", ledger="one", needed=7.0), ask("a", ledger="two", needed=9.0)])
     assert [reply.quotas[0].held for reply in replies] == [7.0, 9.0]
+
+
+def test_a_ledger_begins_with_what_the_member_that_opens_it_knows_to_be_used(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    known = BudgetRequest(period=0.0, known_spent=9.0, needed=1.0, wanted=1.0)
+    request = ExchangeRequest(
+        ledger="known",
+        member="a",
+        sequence=1,
+        terms=TERMS,
+        quotas=(QuotaRequest(wanted=60.0, missing=20.0),),
+        slots=SlotRequest(),
+        budget=known,
+    )
+    (reply,) = store.exchange([request])
+    assert reply.quotas[0].held + reply.quotas[0].level == pytest.approx(40.0, abs=0.5)
+    assert reply.budget is not None
+    assert (reply.budget.spent, reply.budget.held) == (9.0, 1.0)
+    (later,) = store.exchange([msgspec.structs.replace(request, member="b")])
+    assert later.budget is not None
+    assert later.budget.spent == 9.0
+    assert sum(each.quotas[0].held for each in (reply, later)) <= 40.5
 
 
 def test_settings_that_differ_are_a_conflict_until_no_live_member_has_the_old_ones(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -18,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.issued_keys import IssuedKeys
 from tests.support.redis_servers import runs, until
+
+from forebay import clock
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")]
 PATIENCE = 60.0  # seconds on a slow machine
+IMPATIENT = {"x-stainless-read-timeout": "1"}  # seconds, so that what has to wait longer is rejected at once
 ANSWER = json.dumps({"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}}).encode()
 
 
@@ -71,10 +76,10 @@ class RunningGateway:
         pid = self.process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def call(self) -> int:
+    def call(self, key: str = "key") -> int:
         """Make a call, on a connection of its own; return the status of its answer."""
         body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}).encode()
-        headers = {"content-type": "application/json", "authorization": "Bearer key"}
+        headers = {"content-type": "application/json", "authorization": f"Bearer {key}", **IMPATIENT}
         request = urllib.request.Request(self.url, body, headers)  # noqa: S310 - http
         try:
             with urllib.request.urlopen(request, timeout=PATIENCE) as answer:  # noqa: S310
@@ -158,6 +163,45 @@ def test_workers_share_one_budget(provider: str, tmp_path: Path) -> None:
     with gateway(provider, tmp_path, *command) as running:
         served = [running.call() for _ in range(20)].count(200)
     assert served == 8
+
+
+def served_in_all(running: RunningGateway, key: str, calls: int) -> tuple[int, float]:
+    """Make calls with a key; return how many were served, and the seconds that they took in all."""
+    began = clock.monotonic()
+    return [running.call(key) for _ in range(calls)].count(200), clock.monotonic() - began
+
+
+def test_a_rate_of_a_key_is_one_for_all_workers(provider: str, tmp_path: Path) -> None:
+    keys = f"sqlite:///{tmp_path}/keys.db"
+    key = asyncio.run(IssuedKeys(tmp_path / "keys.db").create("writer", rpm=30))
+    with gateway(provider, tmp_path, "--keys", keys, "--share-keys", "--spend-log", "none") as running:
+        served, seconds = served_in_all(running, key, 80)
+    assert 30 <= served <= 31 + seconds / 2
+
+
+def test_a_rate_of_a_tenant_is_one_for_all_workers(provider: str, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(f"[targets.openai]\nurl = '{provider}'\nshare_keys = true\n[tenants.default]\nrpm = 30\n")
+    with gateway(provider, tmp_path, "--config", str(file)) as running:
+        served, seconds = served_in_all(running, "any", 80)
+    assert 30 <= served <= 31 + seconds / 2
+
+
+def test_a_budget_of_a_key_is_one_for_all_workers_and_is_not_refilled_by_a_restart(
+    provider: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "forebay.toml"
+    file.write_text(
+        f"[targets.openai]\nurl = '{provider}'\nshare_keys = true\n"
+        "[targets.openai.prices.m]\ninput = 0\noutput = 1000000\n"
+    )
+    key = asyncio.run(IssuedKeys(tmp_path / "keys.db").create("writer", budget_usd=8.0))
+    options = ["--keys", f"sqlite:///{tmp_path}/keys.db", "--shared", f"sqlite:///{tmp_path}/account.db"]
+    for expected in (8, 0):
+        with gateway(provider, tmp_path, "--config", str(file), *options) as running:
+            assert served_in_all(running, key, 20)[0] == expected
+            running.process.terminate()
+            assert running.process.wait(PATIENCE) == 0
 
 
 def test_a_gateway_whose_workers_cannot_start_says_why_once_and_fails(provider: str, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import CallerReader
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.direct_request import RawHeaders
@@ -3995,6 +3996,20 @@ def a_query_is_in_the_access_log() -> None:
 
 def a_reload_refills_a_budget() -> None:
     always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def each_process_has_the_rate_of_a_key_for_itself() -> None:
+    always(CallerLedgers, CallerLedgers.account, returns=None)
+
+
+def a_ledger_of_a_budget_that_is_new_has_spent_nothing() -> None:
+    def open_(cls: type[AccountLedger], now: float, request: ExchangeRequest) -> AccountLedger:
+        ledger = original(now, request)
+        ledger.state.recovered = 0.0
+        return ledger
+
+    original = AccountLedger.open
+    AccountLedger.open = classmethod(open_)  # type: ignore[method-assign,assignment]
 
 
 def a_worker_forgets_what_the_one_before_it_has_counted() -> None:

@@ -136,7 +136,7 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
-from tests.unit.gateway import test_abortable_block, test_caller_limits
+from tests.unit.gateway import test_abortable_block, test_caller_ledgers, test_caller_limits
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter
@@ -1662,6 +1662,10 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
     bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.each_process_has_the_rate_of_a_key_for_itself: test_caller_ledgers.test_a_rate_is_one_for_all_processes,
+    bugs.a_ledger_of_a_budget_that_is_new_has_spent_nothing: (
+        test_caller_ledgers.test_a_budget_begins_with_what_was_spent_before_once_for_all_processes
+    ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
     ),

@@ -20,6 +20,7 @@ from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, WrongProtocol
@@ -109,6 +110,7 @@ class Forwarder:
         token: of the gateway, that callers present; None if they need none.
         access_log: gets a line for each request; None for no log.
         keys: that the gateway has issued; None if it issues none.
+        ledgers: of the limits of callers, which processes share; None: they are this process's.
 
     Attributes:
         targets: the providers.
@@ -135,12 +137,13 @@ class Forwarder:
         spend_log: SpendLog | None = None,
         access_log: AccessLog | None = None,
         keys: KeyRegistry | None = None,
+        ledgers: CallerLedgers | None = None,
     ) -> None:
         self._settings = settings
         self._environment = environment
         self._session = session
         self._access_log = access_log
-        self._tenants = Tenants(settings.tenants, spend_log)
+        self._tenants = Tenants(settings.tenants, spend_log, ledgers)
         self._spend_log = spend_log
         self.targets = self._make_targets(settings)
         self._removed: dict[str, Target] = {}  # what they have spent counts if they come back

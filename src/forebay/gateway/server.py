@@ -26,6 +26,7 @@ from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway.access_log import AccessLog
 from forebay.gateway.call_record import REQUEST_ID
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.direct_request import RESPONSE_BOUNDS
 from forebay.gateway.error_responses import error_response
@@ -397,6 +398,7 @@ class Gateway:
         self._key_watch: asyncio.Task[None] | None = None
         self._access_log: AccessLog | None = None
         self._workers: WorkerGroup | None = None
+        self._ledgers: CallerLedgers | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -408,6 +410,8 @@ class Gateway:
         )
         address = self.settings.address
         try:
+            if self.settings.shared is not None:
+                self._ledgers = CallerLedgers.open(self.settings.shared)
             await self._open_spend_log()
             loop = asyncio.get_running_loop()
             token = await loop.run_in_executor(None, self.settings.token, self._environment)
@@ -421,6 +425,7 @@ class Gateway:
                 spend_log=self._spend_log,
                 access_log=self._access_log,
                 keys=keys,
+                ledgers=self._ledgers,
             )
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
@@ -466,7 +471,7 @@ class Gateway:
         path = parse_keys_url(settings.keys)
         if self._keys is not None and self._keys.path == path:
             return self._keys
-        keys = KeyRegistry(path, self._spend_log)
+        keys = KeyRegistry(path, self._spend_log, self._ledgers)
         await asyncio.get_running_loop().run_in_executor(None, keys.load)
         return keys
 
@@ -573,6 +578,8 @@ class Gateway:
 
     async def _close_spend_log(self) -> None:
         """Write what calls have cost, and close the file."""
+        if self._ledgers is not None:
+            self._ledgers.close()
         if self._spend_log is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._spend_log.close)
 

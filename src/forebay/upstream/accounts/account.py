@@ -144,6 +144,10 @@ class Account:
         self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
+    def change_max_wait(self, seconds: float) -> None:
+        """Judge calls from now on by another expected wait above which they are rejected."""
+        self._max_wait = seconds
+
     # --- a call arrives ---
 
     def try_acquire(self, now: float, request: CallRequest) -> Admitted | Queued | Rejected:

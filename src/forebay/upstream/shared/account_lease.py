@@ -59,17 +59,18 @@ class AccountLease(LedgerLease):
         link: see `LedgerLease`.
         key: see `LedgerLease`.
         terms: see `LedgerLease`.
+        patience: see `LedgerLease`.
 
     Attributes:
         buckets: the quotas, in the order of the terms.
     """
 
-    def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
+    def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms, *, patience: float = _PATIENCE) -> None:
         self.buckets: tuple[LeasedBucket, ...] = ()
         self._demand: CallDemand | None = None
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
-        super().__init__(link, key, terms, patience=_PATIENCE)
+        super().__init__(link, key, terms, patience=patience)
         self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
     def reset(self) -> None:

@@ -29,6 +29,7 @@ class LeasedBucket(Bucket):
 
     Attributes:
         asked: what the first waiting call needed when it was last asked for.
+        missing: from the quota, if the ledger is opened by this process; 0 for nothing.
     """
 
     __slots__ = (
@@ -49,12 +50,14 @@ class LeasedBucket(Bucket):
         "_taken_at",
         "_used",
         "asked",
+        "missing",
     )
 
     def __init__(self, terms: QuotaTerms, lease: LedgerLease) -> None:
         strict = terms.unit.endswith("_at_most")
         super().__init__(terms.amount, terms.seconds, -math.inf, strict=strict)
         self._lease = lease
+        self.missing = 0.0
         self.reset_lease()
 
     def reset_lease(self) -> None:
@@ -198,7 +201,7 @@ class LeasedBucket(Bucket):
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
         self._reported = self._used
-        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted)
+        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted, missing=self.missing)
         balance = max(0.0, self._granted - self._used)
         self._returning = balance - request.kept(balance)
         return request

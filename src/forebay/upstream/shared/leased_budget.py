@@ -48,6 +48,7 @@ class LeasedBudget(LedgerLease):
         forget_after: see `BudgetTerms`.
         on_alert: called once an alert is due, with the share of the budget and the dollars that all processes have
             spent; in each process. It may not block, or use the budget.
+        spent: dollars of the present period that are known to be spent; they count if the store has no such budget.
     """
 
     def __init__(  # noqa: PLR0913 - which ledger, and which budget
@@ -59,8 +60,10 @@ class LeasedBudget(LedgerLease):
         *,
         forget_after: float | None = None,
         on_alert: Callable[[float, float], None] | None = None,
+        spent: float = 0.0,
     ) -> None:
         self.name = name
+        self._known_before = (period_start(budget.per, clock.wall_time()), spent)
         self.budget = budget
         self._forget_after = forget_after
         self._on_alert = on_alert
@@ -304,14 +307,17 @@ class LeasedBudget(LedgerLease):
         needed, wanted, important = self._demand(now)
         if leaving:
             spent, reserved, needed, wanted, important = spent + reserved, 0.0, 0.0, 0.0, False
+        period, known_spent = self._period, 0.0 if self._reply is None else self._reply.spent
+        if period < 0.0 and self._known_before[1] > 0.0:
+            period, known_spent = self._known_before
         request = BudgetRequest(
-            period=self._period,
+            period=period,
             spent=spent,
             reserved=reserved,
             needed=needed,
             important=important,
             wanted=wanted,
-            known_spent=0.0 if self._reply is None else self._reply.spent,
+            known_spent=known_spent,
         )
         balance = max(0.0, self._held - spent)
         self._reported = spent

@@ -60,13 +60,18 @@ class AccountLedger:
     def open(cls, now: float, request: ExchangeRequest) -> AccountLedger:
         """Return a new ledger, for the first request that comes.
 
-        Its quotas are full; if the member has known the ledger before, its store has lost it, and they are empty.
+        Its quotas are full, or what the member says; if it has known the ledger before, its store has lost it, and they
+        are empty.
         """
         lost = bool(request.epoch)
         levels = [0.0 if lost else quota.amount for quota in request.terms.quotas]
+        if not lost:
+            levels = [level - asked.missing for level, asked in zip(levels, request.quotas, strict=False)] or levels
         epoch = f"{request.member}:{request.sequence}"
         state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels)
         begin_limit(state, request.limit)
+        if request.budget is not None:  # what the member knows of the money from elsewhere
+            state.period, state.recovered = request.budget.period, request.budget.known_spent
         return cls(state)
 
     def exchange(self, now: float, request: ExchangeRequest) -> ExchangeReply:

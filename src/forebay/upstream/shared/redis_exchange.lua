@@ -359,7 +359,8 @@ end
 local function open_ledger(now, request)
   local levels = {}
   for number, quota in ipairs(request.terms.quotas) do
-    levels[number] = request.epoch == '' and quota.amount or 0
+    local asked = request.quotas[number]
+    levels[number] = request.epoch == '' and quota.amount - (asked and asked.missing or 0) or 0
   end
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now, time = 0,
@@ -367,6 +368,7 @@ local function open_ledger(now, request)
     previous_period = -1, previous_spent = 0,
   }
   begin_limit(state, request.limit)
+  if request.budget then state.period, state.recovered = request.budget.period, request.budget.known_spent end
   return state
 end
 
