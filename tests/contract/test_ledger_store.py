@@ -168,6 +168,41 @@ def test_settings_that_differ_are_a_conflict_until_no_live_member_has_the_old_on
     assert reply.conflict is None
 
 
+def test_settings_that_all_members_have_changed_hold_at_once_and_slots_and_money_stay_theirs(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    changed = LedgerTerms(
+        quotas=(QuotaTerms("tokens", 9.0, 60.0), QuotaTerms("requests", 30.0, 3600.0)),
+        max_concurrent=5,
+        budget=BudgetTerms(20.0),
+    )
+    store.exchange([ask("a", calls=3, needed=10.0)])
+    store.exchange([ask("b", calls=1, needed=10.0)])
+
+    def ask_changed(member: str, sequence: int, calls: int, used: float = 0.0) -> ExchangeRequest:
+        return ExchangeRequest(
+            ledger="one",
+            member=member,
+            sequence=sequence,
+            terms=changed,
+            quotas=(QuotaRequest(), QuotaRequest(used=used)),
+            slots=SlotRequest(in_use=calls, held=calls, wanted=calls),
+            budget=BudgetRequest(period=0.0),
+        )
+
+    (reply,) = store.exchange([ask_changed("a", 2, 3)])
+    assert reply.conflict == TERMS
+    (reply,) = store.exchange([ask_changed("b", 2, 9)])
+    assert reply.conflict is None
+    assert reply.slots is not None
+    assert reply.slots.allowed <= 2
+    (reply,) = store.exchange([ask_changed("a", 3, 3, used=4.0)])
+    assert reply.conflict is None
+    assert reply.quotas[0].level == 9.0
+    assert reply.quotas[1].level == pytest.approx(30.0, abs=0.5)
+
+
 def test_it_is_used_again_after_it_was_closed(connect: Callable[[], LedgerStore]) -> None:
     store = connect()
     store.exchange([ask("a", spent=1.5)])

@@ -4012,6 +4012,10 @@ def a_ledger_of_a_budget_that_is_new_has_spent_nothing() -> None:
     AccountLedger.open = classmethod(open_)  # type: ignore[method-assign,assignment]
 
 
+def a_reload_is_an_error_for_callers_until_all_processes_have_made_it() -> None:
+    always(LedgerLease, LedgerLease._is_settling, returns=False)
+
+
 def a_worker_forgets_what_the_one_before_it_has_counted() -> None:
     always(WorkerGroup, WorkerGroup._read_counted, returns=None)
 

@@ -187,7 +187,7 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
-from tests.unit.upstream.shared import test_lease, test_ledger, test_limit_learning
+from tests.unit.upstream.shared import test_changed_terms, test_lease, test_ledger, test_limit_learning
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -1665,6 +1665,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.each_process_has_the_rate_of_a_key_for_itself: test_caller_ledgers.test_a_rate_is_one_for_all_processes,
     bugs.a_ledger_of_a_budget_that_is_new_has_spent_nothing: (
         test_caller_ledgers.test_a_budget_begins_with_what_was_spent_before_once_for_all_processes
+    ),
+    bugs.a_reload_is_an_error_for_callers_until_all_processes_have_made_it: (
+        test_changed_terms.test_no_call_fails_while_processes_change_their_settings_one_after_the_other
     ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced

@@ -30,6 +30,7 @@ class LeasedBucket(Bucket):
     Attributes:
         asked: what the first waiting call needed when it was last asked for.
         missing: from the quota, if the ledger is opened by this process; 0 for nothing.
+        is_unbounded: the ledger has no such quota any more.
     """
 
     __slots__ = (
@@ -50,6 +51,7 @@ class LeasedBucket(Bucket):
         "_taken_at",
         "_used",
         "asked",
+        "is_unbounded",
         "missing",
     )
 
@@ -58,6 +60,7 @@ class LeasedBucket(Bucket):
         super().__init__(terms.amount, terms.seconds, -math.inf, strict=strict)
         self._lease = lease
         self.missing = 0.0
+        self.is_unbounded = False
         self.reset_lease()
 
     def reset_lease(self) -> None:
@@ -83,6 +86,8 @@ class LeasedBucket(Bucket):
 
     def usable(self, now: float) -> float:
         """Return what calls may take now; below 0 is a debt."""
+        if self.is_unbounded:
+            return self.amount
         if self._lease.is_leased(now):
             return self._granted - self._used - self._returning - self.held
         if (away := self._own_share(now)) is not None:

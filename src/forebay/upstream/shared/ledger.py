@@ -87,12 +87,15 @@ class AccountLedger:
         if known is not None and known.reply is not None and request.sequence <= known.sequence:
             return known.reply
         if request.terms != state.terms:
-            if state.others(name):
+            if known is not None:
+                known.proposed = request.terms
+            if any(other.proposed != request.terms for other in state.others(name)):
                 return ExchangeReply(epoch=state.epoch, members=len(state.members), rank=0, conflict=state.terms)
             self._replace_terms(now, request)
         forgotten = request.answered > self._latest_sequence(name)
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
+        member.proposed = None
         if counts:
             report_quotas(state, member, request.quotas)
             if request.budget is not None:
@@ -183,7 +186,11 @@ class AccountLedger:
             recover_spend(state, request.budget)
 
     def _replace_terms(self, now: float, request: ExchangeRequest) -> None:
-        """Take over the settings of the only member. A quota keeps its level, and so does a limit of the same kind."""
+        """Take over settings that all members ask for. A quota keeps its level, and so does a limit of the same kind.
+
+        The members keep their slots and their money. What they hold of a quota counts as used, as if their leases had
+        ended: they have held nothing since their own settings changed.
+        """
         state, terms = self.state, request.terms
         if terms.limit != state.terms.limit:
             begin_limit(state, request.limit)
@@ -193,8 +200,18 @@ class AccountLedger:
         state.levels = [
             min(levels.get((quota.unit, quota.seconds), quota.amount), quota.amount) for quota in terms.quotas
         ]
+        places = {(quota.unit, quota.seconds): number for number, quota in enumerate(state.terms.quotas)}
         state.terms = terms
-        state.members.clear()
+        state.members.pop(request.member, None)
+        for member in state.members.values():
+            lost = [
+                0.0
+                if (place := places.get((quota.unit, quota.seconds))) is None
+                else member.lost[place] + member.held[place]
+                for quota in terms.quotas
+            ]
+            member.held, member.short, member.lost = [0.0] * len(lost), [0.0] * len(lost), lost
+            member.is_waiting, member.proposed = False, None
         if terms.budget is not None:
             begin_period(state, terms.budget, now)
 

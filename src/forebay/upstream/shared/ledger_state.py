@@ -30,6 +30,7 @@ class MemberState(msgspec.Struct):
         usd_reserved: the part of them that calls in flight may cost.
         usd_short: dollars that it needs and does not hold; 0 if it waits for none.
         reply: the reply to its latest request.
+        proposed: the terms that it asks for, if they are others than those of the ledger.
     """
 
     sequence: int
@@ -48,6 +49,7 @@ class MemberState(msgspec.Struct):
     usd_reserved: float = 0.0
     usd_short: float = 0.0
     reply: ExchangeReply | None = None
+    proposed: LedgerTerms | None = None
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""

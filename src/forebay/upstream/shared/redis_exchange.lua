@@ -399,16 +399,26 @@ local function advance(state, now)
 end
 
 local function replace_terms(state, now, request)
-  local terms, levels = request.terms, {}
+  local terms, levels, places = request.terms, {}, {}
   if terms.limit ~= state.terms.limit then begin_limit(state, request.limit) end
   for number, quota in ipairs(state.terms.quotas) do
     levels[quota.unit .. '/' .. quota.seconds] = state.levels[number]
+    places[quota.unit .. '/' .. quota.seconds] = number
   end
   state.levels = {}
   for number, quota in ipairs(terms.quotas) do
     state.levels[number] = min(levels[quota.unit .. '/' .. quota.seconds] or quota.amount, quota.amount)
   end
-  state.terms, state.members = terms, {}
+  state.terms, state.members[request.member] = terms, nil
+  for _, member in pairs(state.members) do
+    local held, short, lost = {}, {}, {}
+    for number, quota in ipairs(terms.quotas) do
+      local place = places[quota.unit .. '/' .. quota.seconds]
+      held[number], short[number] = 0, 0
+      lost[number] = place and member.lost[place] + member.held[place] or 0
+    end
+    member.held, member.short, member.lost, member.is_waiting, member.proposed = held, short, lost, false, nil
+  end
   if terms.budget then begin_period(state, terms.budget, now) end
 end
 
@@ -496,8 +506,9 @@ if known and known.reply and request.sequence <= known.sequence then
   return known.reply
 end
 if not equal(request.terms, state.terms) then
-  for other in pairs(state.members) do
-    if other ~= request.member then
+  if known then known.proposed = request.terms end
+  for other, each in pairs(state.members) do
+    if other ~= request.member and not (each.proposed and equal(each.proposed, request.terms)) then
       save(state)
       local members = #sorted_names(state.members)
       return cmsgpack.pack({epoch = state.epoch, members = members, rank = 0, conflict = state.terms})
@@ -510,6 +521,7 @@ local heard = known or state.ended[request.member]
 local forgotten = request.answered > (heard and heard.sequence or 0)
 local member, counts = join(state, request)
 member.sequence, member.seen, member.until_ = request.sequence, state.time, state.time + LEASE
+member.proposed = nil
 if counts then
   report_quotas(state, sorted_names(state.members), member, request.quotas)
   if request.budget then
