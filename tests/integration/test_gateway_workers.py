@@ -89,6 +89,11 @@ class RunningGateway:
             error.close()
             return error.code
 
+    def says(self, line: str) -> bool:
+        """Return whether it says this line before it ends."""
+        assert self.process.stdout is not None
+        return any(each.strip() == line for each in self.process.stdout)
+
     def counted(self, name: str) -> float:
         """Return the sum of the samples of this name, as any worker shows it, on a connection of its own."""
         with urllib.request.urlopen(f"{self.url.partition('/openai/')[0]}/metrics", timeout=PATIENCE) as page:  # noqa: S310
@@ -202,6 +207,43 @@ def test_a_budget_of_a_key_is_one_for_all_workers_and_is_not_refilled_by_a_resta
             assert served_in_all(running, key, 20)[0] == expected
             running.process.terminate()
             assert running.process.wait(PATIENCE) == 0
+
+
+def write_configuration(file: Path, provider: str, *, rpm: int = 1_000, more: str = "") -> None:
+    target = f"[targets.openai]\nurl = '{provider}'\nshare_keys = true\nrpm = {rpm}\n{more}\n"
+    file.write_text(f"{target}[targets.openai.prices.m]\ninput = 1\noutput = 1\n")
+
+
+def test_one_hang_up_reloads_all_workers_and_the_one_that_replaces_a_dead_one(provider: str, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    write_configuration(file, provider)
+    with gateway(provider, tmp_path, "--config", str(file)) as running:
+        assert [running.call() for _ in range(8)] == [200] * 8
+        write_configuration(file, provider, rpm=2_000, more="budget_usd = 7")
+        running.process.send_signal(signal.SIGHUP)
+        assert running.says(f"reloaded {file}")
+        assert {running.counted("forebay_budget_limit_usd") for _ in range(8)} == {7.0}
+        assert [running.call() for _ in range(8)] == [200] * 8
+        killed = running.workers()
+        write_configuration(file, provider, more="nonsense = true")  # what a worker that starts must not read
+        os.kill(killed[0], signal.SIGKILL)
+        os.kill(killed[1], signal.SIGKILL)
+        until(lambda: len(set(running.workers()) - set(killed)) == 2, "other workers", within=PATIENCE)
+        until(lambda: running.counted("forebay_gateway_workers") == 2.0, "both answer", within=PATIENCE)
+        assert {running.counted("forebay_budget_limit_usd") for _ in range(8)} == {7.0}
+        until(lambda: running.call() == 200, "the leases of the killed ones have ended", within=PATIENCE)
+
+
+def test_hang_ups_in_a_row_reload_one_after_the_other(provider: str, tmp_path: Path) -> None:
+    file = tmp_path / "forebay.toml"
+    write_configuration(file, provider)
+    with gateway(provider, tmp_path, "--config", str(file)) as running:
+        for usd in (5, 6, 7):
+            write_configuration(file, provider, more=f"budget_usd = {usd}")
+            running.process.send_signal(signal.SIGHUP)
+        assert running.says(f"reloaded {file}")
+        until(lambda: running.counted("forebay_budget_limit_usd") == 7.0, "the last one holds", within=PATIENCE)
+        assert [running.call() for _ in range(8)] == [200] * 8
 
 
 def test_a_gateway_whose_workers_cannot_start_says_why_once_and_fails(provider: str, tmp_path: Path) -> None:

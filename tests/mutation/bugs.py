@@ -57,7 +57,14 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, connection_pool, forwarded_call, provider_key, rewritten_request
+from forebay.gateway import (
+    GatewaySettings,
+    connection_pool,
+    forwarded_call,
+    provider_key,
+    rewritten_request,
+    worker_reload,
+)
 from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
@@ -4014,6 +4021,16 @@ def a_ledger_of_a_budget_that_is_new_has_spent_nothing() -> None:
 
 def a_reload_is_an_error_for_callers_until_all_processes_have_made_it() -> None:
     always(LedgerLease, LedgerLease._is_settling, returns=False)
+
+
+def a_reload_does_not_ask_whether_all_workers_can_make_it() -> None:
+    original = worker_reload.ask_worker
+
+    def ask(*arguments: Any, **how: Any) -> bytes | None:
+        answer = original(*arguments, **how)
+        return None if answer is None else b"done"
+
+    vars(worker_reload)["ask_worker"] = ask
 
 
 def a_worker_forgets_what_the_one_before_it_has_counted() -> None:

@@ -42,6 +42,7 @@ from tests.acceptance import (
     test_gateway_reload,
     test_gateway_responses,
     test_gateway_worker_metrics,
+    test_gateway_worker_reload,
     test_handler_context,
     test_held_tasks,
     test_hooks,
@@ -1668,6 +1669,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_reload_is_an_error_for_callers_until_all_processes_have_made_it: (
         test_changed_terms.test_no_call_fails_while_processes_change_their_settings_one_after_the_other
+    ),
+    bugs.a_reload_does_not_ask_whether_all_workers_can_make_it: (
+        test_gateway_worker_reload.test_settings_that_one_worker_cannot_serve_by_change_none
     ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
