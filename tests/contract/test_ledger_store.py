@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.redis_servers import redis_cluster, redis_server, shared
 
@@ -132,6 +133,30 @@ def test_the_exchanges_of_a_batch_are_answered_in_their_order(connect: Callable[
     assert [reply.quotas[0].held for reply in replies] == [7.0, 9.0]
 
 
+def test_a_ledger_begins_with_what_the_member_that_opens_it_knows_to_be_used(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    known = BudgetRequest(logged_period=0.0, logged_spent=9.0, needed=1.0, wanted=1.0)
+    request = ExchangeRequest(
+        ledger="known",
+        member="a",
+        sequence=1,
+        terms=TERMS,
+        quotas=(QuotaRequest(wanted=60.0, missing=20.0),),
+        slots=SlotRequest(),
+        budget=known,
+    )
+    (reply,) = store.exchange([request])
+    assert reply.quotas[0].held + reply.quotas[0].level == pytest.approx(40.0, abs=0.5)
+    assert reply.budget is not None
+    assert (reply.budget.spent, reply.budget.held) == (9.0, 1.0)
+    (later,) = store.exchange([msgspec.structs.replace(request, member="b")])
+    assert later.budget is not None
+    assert later.budget.spent == 9.0
+    assert sum(each.quotas[0].held for each in (reply, later)) <= 40.5
+
+
 def test_settings_that_differ_are_a_conflict_until_no_live_member_has_the_old_ones(
     connect: Callable[[], LedgerStore],
 ) -> None:
@@ -143,6 +168,41 @@ def test_settings_that_differ_are_a_conflict_until_no_live_member_has_the_old_on
     store.exchange([ExchangeRequest(ledger="one", member="a", sequence=2, terms=TERMS, leaving=True)])
     (reply,) = store.exchange([ask("b", 2, terms=other)])
     assert reply.conflict is None
+
+
+def test_settings_that_all_members_have_changed_hold_at_once_and_slots_and_money_stay_theirs(
+    connect: Callable[[], LedgerStore],
+) -> None:
+    store = connect()
+    changed = LedgerTerms(
+        quotas=(QuotaTerms("tokens", 9.0, 60.0), QuotaTerms("requests", 30.0, 3600.0)),
+        max_concurrent=5,
+        budget=BudgetTerms(20.0),
+    )
+    store.exchange([ask("a", calls=3, needed=10.0)])
+    store.exchange([ask("b", calls=1, needed=10.0)])
+
+    def ask_changed(member: str, sequence: int, calls: int, used: float = 0.0) -> ExchangeRequest:
+        return ExchangeRequest(
+            ledger="one",
+            member=member,
+            sequence=sequence,
+            terms=changed,
+            quotas=(QuotaRequest(), QuotaRequest(used=used)),
+            slots=SlotRequest(in_use=calls, held=calls, wanted=calls),
+            budget=BudgetRequest(period=0.0),
+        )
+
+    (reply,) = store.exchange([ask_changed("a", 2, 3)])
+    assert reply.conflict == TERMS
+    (reply,) = store.exchange([ask_changed("b", 2, 9)])
+    assert reply.conflict is None
+    assert reply.slots is not None
+    assert reply.slots.allowed <= 2
+    (reply,) = store.exchange([ask_changed("a", 3, 3, used=4.0)])
+    assert reply.conflict is None
+    assert reply.quotas[0].level == 9.0
+    assert reply.quotas[1].level == pytest.approx(30.0, abs=0.5)
 
 
 def test_it_is_used_again_after_it_was_closed(connect: Callable[[], LedgerStore]) -> None:

@@ -125,6 +125,9 @@ GATEWAYS: dict[str, Mapping[str, Any]] = {
         service={"type": "LoadBalancer", "port": 8080, "annotations": {"internal": "true"}}, **BUDGET, **SPREAD,
     ),
     "a gateway without a budget": gateway(**NO_BUDGET),
+    "gateways with one set of limits": gateway(
+        replicas=3, workers=2, shared={"enabled": True, "secret": {"name": "shared", "key": "uri"}}
+    ),
 }  # fmt: skip
 AUTOSCALERS: dict[str, Mapping[str, Any]] = {
     "no autoscaler": {},
@@ -333,7 +336,8 @@ def gateway_settings(objects: list[Manifest], folder: Path) -> GatewaySettings:
     _, options = chart.parse_command(container["args"])
     file = folder / options.pop("config").name
     file.write_text(only(objects, "ConfigMap", "-gateway")["data"][file.name])
-    given = {name: options[name] for name in ("listen", "token_env", "drain_timeout")}
+    named = ("listen", "token_env", "drain_timeout", "workers", "shared")
+    given = {name: options[name] for name in named if name in options}
     return load_gateway_settings(file, gateway=given)
 
 
@@ -343,6 +347,24 @@ def test_the_gateway_accepts_its_configuration(rendered: dict[str, list[Manifest
             settings = gateway_settings(objects, tmp_path)
             assert settings.listen == f"0.0.0.0:{container['ports'][0]['containerPort']}"
             assert settings.token_env in [each["name"] for each in container["env"]]
+
+
+def test_gateways_share_their_limits_in_the_redis_of_the_release_or_in_that_of_a_secret(tmp_path: Path) -> None:
+    def shared(values: Mapping[str, Any]) -> tuple[GatewaySettings, dict[str, Any]]:
+        objects = render(values)
+        (container,) = [each for _, each in containers(objects) if each["name"] == "gateway"]
+        return gateway_settings(objects, tmp_path), {each["name"]: each for each in container["env"]}
+
+    settings, env = shared(merged(REDIS, WORKER, gateway(replicas=2, shared={"enabled": True})))
+    assert (settings.shared, settings.workers) == ("$(FOREBAY_SHARED)", 1)
+    assert env["FOREBAY_SHARED"]["value"] == "redis://:$(REDIS_PASSWORD)@rel-forebay-redis:6379/0"
+    assert list(env)[:2] == ["REDIS_PASSWORD", "FOREBAY_SHARED"]  # a variable is expanded from those before it
+    secret = {"enabled": True, "secret": {"name": "shared", "key": "uri"}}
+    settings, env = shared(merged(REDIS, WORKER, gateway(workers=4, shared=secret)))
+    assert settings.workers == 4
+    assert env["FOREBAY_SHARED"]["valueFrom"]["secretKeyRef"] == {"name": "shared", "key": "uri"}
+    settings, env = shared(merged(REDIS, WORKER, gateway()))
+    assert (settings.shared, "FOREBAY_SHARED" in env) == (None, False)
 
 
 def test_the_gateway_reads_the_file_as_it_was_given(tmp_path: Path) -> None:
@@ -528,6 +550,10 @@ def test_a_change_of_the_configuration_restarts_the_pods() -> None:
         ({"redis": {"enabled": False}, **WORKER}, "overflow.url or overflow.secret.name is needed"),
         (merged(REDIS, WORKER, {"gateway": {"enabled": True}}), "gateway.config is needed"),
         (merged(REDIS, WORKER, {"gateway": {"enabled": True, "config": CONFIG}}), "gateway.token.secretName is needed"),
+        (
+            merged({"redis": {"enabled": False}, "worker": {"enabled": False}}, gateway(shared={"enabled": True})),
+            "gateway.shared.secret.name is needed",
+        ),
         (merged(REDIS, worker(replica=3)), "'replica' not allowed"),
         (merged(REDIS, worker(drainSeconds="60")), "got string, want integer"),
         (merged(REDIS, worker(supervisor="app")), "does not match pattern"),

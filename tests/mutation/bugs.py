@@ -57,12 +57,20 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import GatewaySettings, connection_pool, forwarded_call, provider_key, rewritten_request
+from forebay.gateway import (
+    GatewaySettings,
+    connection_pool,
+    forwarded_call,
+    provider_key,
+    rewritten_request,
+    worker_reload,
+)
 from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.body_memory import BodyMemory
 from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import CallerReader
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits, CallerPermit
 from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.deployments import DeploymentPool
@@ -4056,6 +4064,34 @@ def a_query_is_in_the_access_log() -> None:
 
 def a_reload_refills_a_budget() -> None:
     always(UpstreamCore, UpstreamCore.adopt, returns=None)
+
+
+def each_process_has_the_rate_of_a_key_for_itself() -> None:
+    always(CallerLedgers, CallerLedgers.account, returns=None)
+
+
+def a_ledger_of_a_budget_that_is_new_has_spent_nothing() -> None:
+    def open_(cls: type[AccountLedger], now: float, request: ExchangeRequest) -> AccountLedger:
+        ledger = original(now, request)
+        ledger.state.recovered = 0.0
+        return ledger
+
+    original = AccountLedger.open
+    AccountLedger.open = classmethod(open_)  # type: ignore[method-assign,assignment]
+
+
+def a_reload_is_an_error_for_callers_until_all_processes_have_made_it() -> None:
+    always(LedgerLease, LedgerLease._is_settling, returns=False)
+
+
+def a_reload_does_not_ask_whether_all_workers_can_make_it() -> None:
+    original = vars(worker_reload)["ask_worker"]
+
+    def ask(*arguments: Any, **how: Any) -> bytes | None:
+        answer = original(*arguments, **how)
+        return None if answer is None else b"done"
+
+    vars(worker_reload)["ask_worker"] = ask
 
 
 def a_worker_forgets_what_the_one_before_it_has_counted() -> None:

@@ -42,6 +42,7 @@ from tests.acceptance import (
     test_gateway_reload,
     test_gateway_responses,
     test_gateway_worker_metrics,
+    test_gateway_worker_reload,
     test_handler_context,
     test_held_tasks,
     test_hooks,
@@ -139,6 +140,7 @@ from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
 from tests.unit.gateway import (
     test_abortable_block,
+    test_caller_ledgers,
     test_caller_limits,
     test_key_registry,
     test_read_timeout,
@@ -195,6 +197,7 @@ from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
 from tests.unit.upstream.shared import (
+    test_changed_terms,
     test_lease,
     test_leased_stoppages,
     test_ledger,
@@ -1699,6 +1702,16 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_query_is_in_the_access_log: test_gateway_operation.test_no_query_is_logged,
     bugs.a_reload_refills_a_budget: test_gateway_reload.test_a_reload_refills_no_budget,
+    bugs.each_process_has_the_rate_of_a_key_for_itself: test_caller_ledgers.test_a_rate_is_one_for_all_processes,
+    bugs.a_ledger_of_a_budget_that_is_new_has_spent_nothing: (
+        test_caller_ledgers.test_a_budget_begins_with_what_was_spent_before_once_for_all_processes
+    ),
+    bugs.a_reload_is_an_error_for_callers_until_all_processes_have_made_it: (
+        test_changed_terms.test_no_call_fails_while_processes_change_their_settings_one_after_the_other
+    ),
+    bugs.a_reload_does_not_ask_whether_all_workers_can_make_it: (
+        test_gateway_worker_reload.test_settings_that_one_worker_cannot_serve_by_change_none
+    ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
     ),

@@ -64,7 +64,7 @@ def default_shared(settings: GatewaySettings, environment: Mapping[str, str]) ->
     if settings.shared is not None or settings.workers == 1:
         yield settings.shared
         return
-    if any(target.has_budgets for target in settings.targets) and settings.address.port:
+    if settings.has_budgets and settings.address.port:
         directory = state_directory(environment).absolute()
         _make_directory(directory, "Name another file by --shared sqlite:////absolute.db.")
         yield f"sqlite:///{quote(str(directory / f'account-{settings.address.port}.db'))}"

@@ -3,7 +3,8 @@
 They hold over all targets together. A call takes what it needs of its callers' rates and slots before it asks its
 target's account for a permit, and waits for it in a queue of the same kind: by priority and deadline, and with a
 Retry-After where the wait would be too long. Dollars are reserved and settled by the account of the target, as those
-of its own budgets are, since it knows the price of a call.
+of its own budgets are, since it knows the price of a call. With `CallerLedgers`, the limits are one for all processes
+that share a store.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from typing import Final, NamedTuple, Self, TypeAlias
 from forebay import clock
 from forebay.breaker import Breaker, BreakerRules
 from forebay.errors import Overloaded
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.interfaces import Charge, Outcome
 from forebay.limit import Grant, Limit
 from forebay.quota import Budget, Quota, RateLimiter
+from forebay.quota.bucket import Bucket
 from forebay.quota.rate_limiter import new_buckets, resize_buckets
 from forebay.retry import Retry
 from forebay.spend_log import SpendLog
@@ -28,8 +31,9 @@ from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.shared_account import SharedAccount
-from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend import SharedBudget, UpstreamBudget
 from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, Permit
+from forebay.upstream.shared.account_lease import AccountLease
 
 _NO_LIMIT: Final = 1_000_000  # calls in progress: more than a gateway has connections
 _NEVER_OPENS: Final = BreakerRules(triggers=())
@@ -57,13 +61,18 @@ class CallerSlots(Limit):
 
     Args:
         n: calls; None for no limit.
+
+    Attributes:
+        n: calls; None for no limit.
     """
 
     def __init__(self, n: int | None) -> None:
         super().__init__(initial_limit=min(n or _NO_LIMIT, _NO_LIMIT), max_limit=_NO_LIMIT)
+        self.n = n
 
     def change(self, n: int | None) -> None:
         """Set the number; calls in progress beyond it end as they are."""
+        self.n = n
         self._set_level(float(min(n or _NO_LIMIT, _NO_LIMIT)))
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
@@ -81,6 +90,7 @@ class CallerLimits:
         budget: dollars that its calls may spend; None for any.
         max_wait: seconds that a call may be expected to wait for a rate or a slot.
         spent: tells what its calls have spent before, with which its budget begins; None for nothing.
+        ledgers: that processes share; None: the limits are this process's.
 
     Attributes:
         budget: of its calls, for `Caller.budgets`; None if there is none.
@@ -96,6 +106,7 @@ class CallerLimits:
         budget: Budget | None = None,
         max_wait: float = 600.0,
         spent: SpentBefore | None = None,
+        ledgers: CallerLedgers | None = None,
     ) -> None:
         self.name = name
         self.title = title
@@ -104,10 +115,11 @@ class CallerLimits:
         self._limits_slots = max_concurrent is not None
         self._max_wait = max_wait
         self._spent = spent
-        self._buckets = new_buckets(self._quotas)
+        self._ledgers = ledgers
+        self._buckets: Sequence[Bucket] = new_buckets(self._quotas)
         self._account = self._open()
         self.budget = None if budget is None else self._new_budget(budget)
-        self._budget_before: SharedBudget | None = None  # that was taken away, and may come back
+        self._budget_before: UpstreamBudget | None = None  # that was taken away, and may come back
 
     def change(
         self,
@@ -121,12 +133,16 @@ class CallerLimits:
 
         Calls that wait for a rate that is changed go on by the old ones.
         """
+        resized = self._ledgers is not None and self._slots.n != max_concurrent  # a ledger knows their number
         self._slots.change(max_concurrent)
         self._limits_slots = max_concurrent is not None
-        if (tuple(quotas), max_wait) != (self._quotas, self._max_wait):
+        if resized or tuple(quotas) != self._quotas:
             self._buckets = resize_buckets(clock.now(), self._quotas, self._buckets, quotas)
             self._quotas, self._max_wait = tuple(quotas), max_wait
             self._account = self._open()
+        elif max_wait != self._max_wait:
+            self._max_wait = max_wait
+            self._account.account.change_max_wait(max_wait)
         before = self.budget or self._budget_before
         self.budget, self._budget_before = None, before
         if budget is None:
@@ -187,7 +203,7 @@ class CallerLimits:
         own.deadline = math.inf  # the target's account judges whether the call ends in time
         return CallerPermit(account, permit)
 
-    def _check_budget(self, budget: SharedBudget, usd: float, priority: Priority) -> None:
+    def _check_budget(self, budget: UpstreamBudget, usd: float, priority: Priority) -> None:
         """Check that a budget can pay a call, before it waits for anything else.
 
         Raises:
@@ -202,15 +218,31 @@ class CallerLimits:
                 retry_after=rejected.retry_after,
             )
 
-    def _new_budget(self, budget: Budget) -> SharedBudget:
-        made = SharedBudget(f"the budget of {self.title}", budget)
-        if self._spent is not None:
-            now = clock.wall_time()
-            made.restore(now, self._spent(budget.per, now), alerted=0.0)
+    def _new_budget(self, budget: Budget) -> UpstreamBudget:
+        name, now = f"the budget of {self.title}", clock.wall_time()
+        if self._ledgers is not None:
+            return self._ledgers.budget(self.name, name, budget, spent=self._spent)
+        spent = 0.0 if self._spent is None else self._spent(budget.per, now)
+        made = SharedBudget(name, budget)
+        made.restore(now, spent, alerted=0.0)
         return made
 
+    def _leased_buckets(self, lease: AccountLease) -> Sequence[Bucket]:
+        """Return the levels of the quotas in a ledger. What is missing so far is missing there, if it is new."""
+        now, leased = clock.now(), []
+        for quota, known in zip(self._quotas, self._buckets, strict=True):
+            bucket = lease.bucket(quota.counted, quota.amount, quota.seconds)
+            if known is not bucket:
+                bucket.missing = max(0.0, known.capacity - known.remaining(now))
+            leased.append(bucket)
+        return leased
+
     def _open(self) -> SharedAccount:
-        quotas, buckets, max_wait = self._quotas, self._buckets, self._max_wait
+        quotas, max_wait = self._quotas, self._max_wait
+        lease = None if self._ledgers is None else self._ledgers.account(self.name, quotas, self._slots.n)
+        if lease is not None:
+            self._buckets = self._leased_buckets(lease)
+        buckets = self._buckets
 
         def open_account() -> Account:
             return Account(
@@ -220,6 +252,7 @@ class CallerLimits:
                 breaker=Breaker(_NEVER_OPENS, draw=clock.draw),
                 budgets=lambda _: (),  # the target's account reserves the dollars
                 max_wait=max_wait,
+                lease=lease,
                 draw=clock.draw,
             )
 
@@ -229,6 +262,8 @@ class CallerLimits:
             retries=AccountRetries(Retry(), draw=clock.draw),  # nothing is retried here
             suspend_key=lambda _seconds, _since, _account: None,
             max_start_wait=None,
+            lease=lease,
+            link=None if self._ledgers is None else self._ledgers.link,
         )
 
 

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import aiohttp
 import msgspec
@@ -22,6 +22,7 @@ from forebay.gateway.access_log import AccessLog, make_entry
 from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
 from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits
 from forebay.gateway.client_timeouts import ClientTimeoutReader
 from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, TargetNotAllowed, WrongProtocol
@@ -103,6 +104,20 @@ class _CutOff(ConnectionResetError):
         self.status = status
 
 
+class ReloadParts(NamedTuple):
+    """The parts of a forwarder that serve by other settings.
+
+    Attributes:
+        targets: the providers.
+        client: sends calls to them.
+        callers: reads who calls.
+    """
+
+    targets: list[Target]
+    client: HttpClient
+    callers: CallerReader
+
+
 class Forwarder:
     """The request handler of a gateway.
 
@@ -114,6 +129,7 @@ class Forwarder:
         token: of the gateway, that callers present; None if they need none.
         access_log: gets a line for each request; None for no log.
         keys: that the gateway has issued; None if it issues none.
+        ledgers: of the limits of callers, which processes share; None: they are this process's.
 
     Attributes:
         targets: the providers.
@@ -140,12 +156,13 @@ class Forwarder:
         spend_log: SpendLog | None = None,
         access_log: AccessLog | None = None,
         keys: KeyRegistry | None = None,
+        ledgers: CallerLedgers | None = None,
     ) -> None:
         self._settings = settings
         self._environment = environment
         self._session = session
         self._access_log = access_log
-        self._tenants = Tenants(settings.tenants, spend_log)
+        self._tenants = Tenants(settings.tenants, spend_log, ledgers)
         self._spend_log = spend_log
         self.targets = self._make_targets(settings)
         self._removed: dict[str, Target] = {}  # what they have spent counts if they come back
@@ -183,31 +200,39 @@ class Forwarder:
     def _make_targets(self, settings: GatewaySettings) -> list[Target]:
         return make_targets(settings, self._environment, spend_log=self._spend_log, on_event=self._on_event)
 
+    def prepare_reload(self, settings: GatewaySettings, *, token: str | None) -> ReloadParts:
+        """Return what serves by other settings, for `reload`. Nothing has changed yet.
+
+        Args:
+            settings: of the gateway, with the address on which it listens.
+            token: of the gateway; None if callers need none.
+
+        Raises:
+            MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made.
+        """
+        targets = self._make_targets(settings)
+        return ReloadParts(targets, self._make_client(targets), _make_callers(settings, token))
+
     def reload(
         self,
         settings: GatewaySettings,
+        parts: ReloadParts,
         *,
-        token: str | None,
         access_log: AccessLog | None,
         keys: KeyRegistry | None = None,
     ) -> None:
-        """Serve by other settings from now on; calls in progress end by the old ones. All or nothing.
+        """Serve by other settings from now on; calls in progress end by the old ones. It cannot fail.
 
         Targets of the same name keep what they have spent and, at the same address, the accounts whose limits are the
         same.
 
         Args:
             settings: of the gateway, with the address on which it listens.
-            token: of the gateway; None if callers need none.
+            parts: that were prepared for these settings.
             access_log: gets a line for each request; None for no log.
             keys: that the gateway has issued; None if it issues none.
-
-        Raises:
-            MissingFallbackKey, InvalidProviderKey, InvalidSetting: as when it is made; nothing has changed then.
         """
-        targets = self._make_targets(settings)
-        client, callers = self._make_client(targets), _make_callers(settings, token)
-        # From here on nothing can fail.
+        targets, client, callers = parts
         known = self._removed | {target.name: target for target in self.targets}
         for target in targets:
             if (old := known.pop(target.name, None)) is not None:

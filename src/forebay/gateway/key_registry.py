@@ -12,6 +12,7 @@ from typing import Final
 from forebay import clock
 from forebay.errors import StoreUnavailable
 from forebay.events import log
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits, spent_before
 from forebay.gateway.issued_keys import IssuedKey, key_digest
 from forebay.gateway.key_file import KeySnapshot, read_snapshot, write_last_used
@@ -51,14 +52,16 @@ class KeyRegistry:
     Args:
         path: the file.
         spend_log: with what it has of their present period the budgets of keys begin; open. None: with nothing.
+        ledgers: of the limits of keys, which processes share; None: they are this process's.
 
     Attributes:
         path: the file.
     """
 
-    def __init__(self, path: Path, spend_log: SpendLog | None = None) -> None:
+    def __init__(self, path: Path, spend_log: SpendLog | None = None, ledgers: CallerLedgers | None = None) -> None:
         self.path = path
         self._spend_log = spend_log
+        self._ledgers = ledgers
         self._targets: frozenset[str] | None = None
         self._warned: set[tuple[str, str]] = set()  # keys and targets
         self._files = (os.fspath(path), f"{path}-wal")
@@ -147,6 +150,7 @@ class KeyRegistry:
                 max_concurrent=key.max_concurrent,
                 budget=key.budget(),
                 spent=spent_before(self._spend_log, "key_budget", key.name),
+                ledgers=self._ledgers,
             )
         return found
 

@@ -9,8 +9,9 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
 from shutil import rmtree
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Final, Literal, Self, cast
 from urllib.parse import quote
 
@@ -26,17 +27,25 @@ from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway.access_log import AccessLog
 from forebay.gateway.call_record import REQUEST_ID
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
 from forebay.gateway.direct_request import RESPONSE_BOUNDS
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
-from forebay.gateway.forwarder import Forwarder
+from forebay.gateway.forwarder import Forwarder, ReloadParts
 from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
-from forebay.gateway.worker_channel import WorkerChannel, make_worker_directory, remove_if_last
+from forebay.gateway.worker_channel import MessageHandler, WorkerChannel, make_worker_directory, remove_if_last
 from forebay.gateway.worker_group import WorkerGroup
 from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
+from forebay.gateway.worker_reload import (
+    PreparedReload,
+    SettingsInForce,
+    WorkerReload,
+    read_settings,
+    reload_workers,
+)
 from forebay.quota.prices import load_price_list
 from forebay.spend_log import SpendLog
 
@@ -367,6 +376,7 @@ class Gateway:
         connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
         listening: a socket that listens already, instead of the address of the settings; it is closed with the gateway.
         channel: to the other workers of the gateway, not open; None if it has one process.
+        messages: that it answers there besides its own.
 
     Raises:
         InvalidSecret: on entering; the token is missing, or not fit to be one.
@@ -379,7 +389,7 @@ class Gateway:
         CannotWriteLog: on entering; the access log cannot be opened.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a gateway, and its place among workers
         self,
         settings: GatewaySettings,
         environment: Mapping[str, str] = os.environ,
@@ -387,11 +397,13 @@ class Gateway:
         connector: Callable[[], aiohttp.BaseConnector] | None = None,
         listening: socket.socket | None = None,
         channel: WorkerChannel | None = None,
+        messages: Mapping[str, MessageHandler] = MappingProxyType({}),
     ) -> None:
         self.settings = settings
         self._environment = environment
         self._listening = listening
         self._channel = channel
+        self._messages = messages
         self._make_connector = connector or self._new_pool
         self._session: aiohttp.ClientSession | None = None
         self._server: asyncio.Server | None = None
@@ -400,6 +412,7 @@ class Gateway:
         self._key_watch: asyncio.Task[None] | None = None
         self._access_log: AccessLog | None = None
         self._workers: WorkerGroup | None = None
+        self._ledgers: CallerLedgers | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
@@ -411,6 +424,8 @@ class Gateway:
         )
         address = self.settings.address
         try:
+            if self.settings.shared is not None:
+                self._ledgers = CallerLedgers.open(self.settings.shared)
             await self._open_spend_log()
             loop = asyncio.get_running_loop()
             token = await loop.run_in_executor(None, self.settings.token, self._environment)
@@ -424,6 +439,7 @@ class Gateway:
                 spend_log=self._spend_log,
                 access_log=self._access_log,
                 keys=keys,
+                ledgers=self._ledgers,
             )
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
@@ -451,7 +467,7 @@ class Gateway:
             self._workers = WorkerGroup(
                 self._channel, snapshot=forwarder.metrics.snapshot, problems=forwarder.readiness_problems
             )
-            await self._workers.open({})
+            await self._workers.open(self._messages)
             forwarder.workers = self._workers
 
     async def _leave_workers(self) -> None:
@@ -469,7 +485,7 @@ class Gateway:
         path = parse_keys_url(settings.keys)
         if self._keys is not None and self._keys.path == path:
             return self._keys
-        keys = KeyRegistry(path, self._spend_log)
+        keys = KeyRegistry(path, self._spend_log, self._ledgers)
         await asyncio.get_running_loop().run_in_executor(None, keys.load)
         return keys
 
@@ -503,27 +519,41 @@ class Gateway:
             InvalidSecret, MissingFallbackKey, InvalidProviderKey, InvalidSetting: as on entering; nothing has changed.
             StoreUnavailable, CannotWriteLog: the same.
         """
-        old, kept = self.settings, []
-        if settings.listen != old.listen:
-            kept.append(f"it listens on {old.listen} until it is started again, not on {settings.listen}")
-            settings = msgspec.structs.replace(settings, listen=old.listen)  # checks that a token fits the address
-        for name in _UNTIL_RESTART:
-            if getattr(settings, name) != getattr(old, name):
-                kept.append(f"{name} stays {getattr(old, name)!r} until it is started again")
-                settings = msgspec.structs.replace(settings, **{name: getattr(old, name)})
-        log_settings = (settings.access_log, settings.access_log_to)
+        settings, kept = keep_until_restart(settings, self.settings)
+        prepared = await self.prepare_reload(settings)
+        await prepared.commit()
+        return kept
+
+    async def prepare_reload(self, settings: GatewaySettings) -> PreparedReload:
+        """Return other settings, by which it can serve at once, and what was opened for them. Nothing has changed yet.
+
+        Args:
+            settings: of the gateway, with what needs a restart as it was.
+
+        Raises:
+            InvalidSecret, MissingFallbackKey, InvalidProviderKey, InvalidSetting: as on entering.
+            StoreUnavailable, CannotWriteLog: the same.
+        """
+        old, log_ = self.settings, self._access_log
         loop = asyncio.get_running_loop()
         token = await loop.run_in_executor(None, settings.token, self._environment)
-        old_log = log_ = self._access_log
-        if log_settings != (old.access_log, old.access_log_to):
+        if (settings.access_log, settings.access_log_to) != (old.access_log, old.access_log_to):
             log_ = await loop.run_in_executor(None, _open_access_log, settings)
         try:
             keys = await self._open_keys(settings)
-            self.forwarder.reload(settings, token=token, access_log=log_, keys=keys)
+            parts = self.forwarder.prepare_reload(settings, token=token)
         except BaseException:
-            if log_ is not None and log_ is not old_log:
+            if log_ is not None and log_ is not self._access_log:
                 await log_.close()
             raise
+        return _PreparedReload(self, settings, parts, log_, keys)
+
+    async def commit_reload(
+        self, settings: GatewaySettings, parts: ReloadParts, log_: AccessLog | None, keys: KeyRegistry | None
+    ) -> None:
+        """Serve by settings that were prepared."""
+        old_log = self._access_log
+        self.forwarder.reload(settings, parts, access_log=log_, keys=keys)
         self._web.change(settings)
         if self._session is not None and isinstance(self._session.connector, ConnectionPool):
             self._session.connector.change(settings.max_connections)
@@ -534,7 +564,11 @@ class Gateway:
                 old_log.reopen()
             else:
                 await old_log.close()
-        return kept
+
+    async def discard_reload(self, log_: AccessLog | None) -> None:
+        """Close the access log that was opened for settings by which it does not serve."""
+        if log_ is not None and log_ is not self._access_log:
+            await log_.close()
 
     @property
     def port(self) -> int:
@@ -576,6 +610,8 @@ class Gateway:
 
     async def _close_spend_log(self) -> None:
         """Write what calls have cost, and close the file."""
+        if self._ledgers is not None:
+            self._ledgers.close()
         if self._spend_log is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._spend_log.close)
 
@@ -608,6 +644,36 @@ class Gateway:
         """Drain, and end the calls in progress at once with an error."""
         self.drain()
         self.forwarder.abort()
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedReload:
+    """Settings that a gateway has prepared. See `PreparedReload`."""
+
+    _gateway: Gateway
+    _settings: GatewaySettings
+    _parts: ReloadParts
+    _access_log: AccessLog | None
+    _keys: KeyRegistry | None
+
+    async def commit(self) -> None:
+        await self._gateway.commit_reload(self._settings, self._parts, self._access_log, self._keys)
+
+    async def discard(self) -> None:
+        await self._gateway.discard_reload(self._access_log)
+
+
+def keep_until_restart(settings: GatewaySettings, old: GatewaySettings) -> tuple[GatewaySettings, list[str]]:
+    """Return settings with what needs a restart as it was, and what that is."""
+    kept = []
+    if settings.listen != old.listen:
+        kept.append(f"it listens on {old.listen} until it is started again, not on {settings.listen}")
+        settings = msgspec.structs.replace(settings, listen=old.listen)  # checks that a token fits the address
+    for name in _UNTIL_RESTART:
+        if getattr(settings, name) != getattr(old, name):
+            kept.append(f"{name} stays {getattr(old, name)!r} until it is started again")
+            settings = msgspec.structs.replace(settings, **{name: getattr(old, name)})
+    return settings, kept
 
 
 def _open_access_log(settings: GatewaySettings) -> AccessLog | None:
@@ -668,16 +734,38 @@ def _run_workers(
     settings = msgspec.structs.replace(settings, shared=shared)
 
     def serve(listening: socket.socket, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
-        told = reloaded if number == 0 else lambda: None
         channel = WorkerChannel(directory, number, settings.workers)
-        program = _Program(settings, reload, told, listening=listening, lifeline=lifeline, channel=channel)
+        current = read_settings(directory) or SettingsInForce(0, settings)
+        program = _Program(
+            current.settings,
+            listening=listening,
+            lifeline=lifeline,
+            channel=channel,
+            generation=current.generation,
+        )
         status = _run(program, lambda _: accepts())
         if program.is_orphan:
             remove_if_last(directory)
         return status
 
+    def reload_all() -> int:
+        assert reload is not None  # noqa: S101 - else a hang-up stops
+        if not reload_workers(directory, settings.workers, lambda: keep_until_restart(reload(), settings)):
+            return 1
+        reloaded()
+        return 0
+
+    ignored = hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    had_terminal = _has_terminal()
+
+    def effect() -> Literal["reload", "stop", "none"]:
+        closed = had_terminal and not _has_terminal()
+        return effect_of_hang_up(reloads=reload is not None, ignored=ignored, terminal_closed=closed)
+
     try:
-        workers = WorkerProcesses(settings.address, settings.workers, serve, ready, reloads=reload is not None)
+        workers = WorkerProcesses(
+            settings.address, settings.workers, serve, ready, reload=reload_all, effect_of_hang_up=effect
+        )
         return workers.run()
     finally:
         rmtree(directory, ignore_errors=True)
@@ -711,7 +799,8 @@ class _Program:
         reloaded: called once the gateway serves by them.
         listening: see `Gateway`.
         lifeline: a file descriptor whose end stops the gateway; None for none.
-        channel: see `Gateway`.
+        channel: see `Gateway`; a worker reloads when its parent says so.
+        generation: of the settings, see `SettingsInForce`.
 
     Attributes:
         is_orphan: the parent process has gone.
@@ -720,14 +809,17 @@ class _Program:
     def __init__(  # noqa: PLR0913 - a gateway, its reloads, and its place among workers
         self,
         settings: GatewaySettings,
-        reload: Callable[[], GatewaySettings] | None,
-        reloaded: Callable[[], object],
+        reload: Callable[[], GatewaySettings] | None = None,
+        reloaded: Callable[[], object] = lambda: None,
         *,
         listening: socket.socket | None = None,
         lifeline: int | None = None,
         channel: WorkerChannel | None = None,
+        generation: int = 0,
     ) -> None:
-        self._gateway = Gateway(_fitted(settings), listening=listening, channel=channel)
+        self._worker_reload = None if channel is None else WorkerReload(channel.directory, generation, self._prepare)
+        messages = {} if self._worker_reload is None else self._worker_reload.handlers
+        self._gateway = Gateway(_fitted(settings), listening=listening, channel=channel, messages=messages)
         self.is_orphan = False
         self._lifeline = lifeline
         self._reload = reload
@@ -735,10 +827,15 @@ class _Program:
         self._stop = asyncio.Event()
         self._reload_asked = asyncio.Event()
 
+    async def _prepare(self, settings: GatewaySettings) -> PreparedReload:
+        return await self._gateway.prepare_reload(_fitted(settings))
+
     async def run(self, ready: Callable[[Listening], object]) -> None:
         """Serve until a signal; `ready` is called once it listens."""
         async with self._gateway as gateway:
             self._handle_signals()
+            if self._worker_reload is not None:
+                await self._worker_reload.catch_up()
             ready(gateway)
             reload = self._reload
             reloading = None if reload is None else asyncio.create_task(self._reload_when_asked(reload))

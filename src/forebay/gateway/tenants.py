@@ -8,6 +8,7 @@ from typing import Final
 import msgspec
 
 from forebay.events import log
+from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerLimits, spent_before
 from forebay.gateway.settings import OTHER_TENANTS, TenantSettings
 from forebay.spend_log import SpendLog
@@ -27,10 +28,17 @@ class Tenants:
     Args:
         settings: of tenants.
         spend_log: with what it has of their present period their budgets begin; open. None: with nothing.
+        ledgers: of their limits, which processes share; None: they are this process's.
     """
 
-    def __init__(self, settings: Sequence[TenantSettings], spend_log: SpendLog | None = None) -> None:
+    def __init__(
+        self,
+        settings: Sequence[TenantSettings],
+        spend_log: SpendLog | None = None,
+        ledgers: CallerLedgers | None = None,
+    ) -> None:
         self._spend_log = spend_log
+        self._ledgers = ledgers
         self._settings: Mapping[str, TenantSettings] = {}
         self._named: dict[str, CallerLimits] = {}
         self._others: WeakLRU[str, CallerLimits] = WeakLRU(
@@ -79,7 +87,7 @@ class Tenants:
 
     def _new_limits(self, tenant: str) -> CallerLimits:
         spent = spent_before(self._spend_log, "tenant_budget", tenant)
-        limits = CallerLimits(f"tenant:{tenant}", f"tenant {tenant!r}", spent=spent)
+        limits = CallerLimits(f"tenant:{tenant}", f"tenant {tenant!r}", spent=spent, ledgers=self._ledgers)
         _apply(self._settings.get(tenant) or self._settings.get(OTHER_TENANTS), limits)
         return limits
 
@@ -88,7 +96,7 @@ class Tenants:
         del tenant
         if self._further is None:
             log.warning("more than %d tenants use their limits: others share one set of limits", _MAX_OTHERS)
-            self._further = CallerLimits("tenant:*", f"all tenants beyond {_MAX_OTHERS:,}")
+            self._further = CallerLimits("tenant:*", f"all tenants beyond {_MAX_OTHERS:,}", ledgers=self._ledgers)
             _apply(self._settings.get(OTHER_TENANTS), self._further)
         return self._further
 

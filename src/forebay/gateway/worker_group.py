@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -65,7 +65,7 @@ class WorkerGroup:
         self._inherited = MetricSnapshot()  # counted by the workers that this one replaces
         self._writing = asyncio.Lock()
 
-    async def open(self, handlers: dict[str, MessageHandler]) -> None:
+    async def open(self, handlers: Mapping[str, MessageHandler]) -> None:
         """Begin with what the worker has counted that this one replaces, and answer the others.
 
         Args:
@@ -76,7 +76,7 @@ class WorkerGroup:
             self._inherited = merge_snapshots([before, _restarts(1)])
         await self._take()
         own: dict[str, MessageHandler] = {_METRICS: self._answer_metrics, _READINESS: self._answer_readiness}
-        await self._channel.open(own | handlers)
+        await self._channel.open({**own, **handlers})
 
     async def close(self) -> None:
         """Note what was counted since the last scrape, and answer no more."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Final, NoReturn, Protocol
+from typing import Final, Literal, NoReturn, Protocol
 
 from forebay import clock
 from forebay.errors import ForebayError
@@ -60,7 +60,8 @@ class _Worker:
 class WorkerProcesses:
     """The worker processes of a gateway. Its process has no threads and no event loop, so that it can fork at any time.
 
-    SIGTERM and SIGINT drain all workers, and a second one aborts them; SIGHUP is passed on if they can reload.
+    SIGTERM and SIGINT drain all workers, and a second one aborts them. A reload has a process of its own, and there is
+    one at a time: a SIGHUP that comes meanwhile leads to another one after it.
 
     Args:
         address: on which they listen.
@@ -68,20 +69,22 @@ class WorkerProcesses:
         serve: serves in a worker until it is stopped; it is given the socket, the worker's number, a file descriptor
             that ends when this process does, and what to call once it accepts. It returns the exit status.
         ready: called with these processes once all workers accept connections.
-        reloads: whether workers read their settings again on SIGHUP; else it stops them.
+        reload: lets all workers reload, in a process that is forked for it; it returns the exit status.
+        effect_of_hang_up: returns what a SIGHUP does now.
 
     Raises:
         WorkersNotSupported: this system cannot fork.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a parent decides, and what it is given
         self,
         address: Address,
         count: int,
         serve: Callable[[socket.socket, int, int, Callable[[], object]], int],
         ready: Callable[[Listening], object],
         *,
-        reloads: bool,
+        reload: Callable[[], int],
+        effect_of_hang_up: Callable[[], Literal["reload", "stop", "none"]],
     ) -> None:
         if not hasattr(os, "fork"):
             raise WorkersNotSupported(platform=sys.platform)
@@ -89,7 +92,10 @@ class WorkerProcesses:
         self._workers = [_Worker(number) for number in range(count)]
         self._serve = serve
         self._ready = ready
-        self._reloads = reloads
+        self._reload = reload
+        self._effect_of_hang_up = effect_of_hang_up
+        self._reloading = 0  # the process id of the reload that is under way
+        self._reload_again = False
         self._is_stopping = False
         self._status = 0
         self._has_begun = False  # all workers have been ready
@@ -114,8 +120,7 @@ class WorkerProcesses:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._signal_writer)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN or self._reloads:
-                signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: None)
         with selectors.DefaultSelector() as selector:
             selector.register(self._ready_reader, selectors.EVENT_READ)
             selector.register(self._signal_reader, selectors.EVENT_READ)
@@ -139,10 +144,17 @@ class WorkerProcesses:
             self._ready(self)
 
     def _handle(self, number: int) -> None:
-        if number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGHUP and not self._reloads):
+        effect = self._effect_of_hang_up() if number == signal.SIGHUP else "none"
+        if number in (signal.SIGTERM, signal.SIGINT) or effect == "stop":
             self._stop()
-        elif number == signal.SIGHUP:
-            self._send(signal.SIGHUP)
+        elif effect == "reload":
+            self._begin_reload()
+
+    def _begin_reload(self) -> None:
+        """Reload in a process of its own, or after the reload that is under way."""
+        self._reload_again = bool(self._reloading)
+        if not self._reloading and not self._is_stopping:
+            self._reloading = os.fork() or self._run_child(self._reload)
 
     def _stop(self) -> None:
         """Let all workers drain; the second time they abort."""
@@ -156,7 +168,11 @@ class WorkerProcesses:
                     os.kill(worker.pid, number)
 
     def _reap(self) -> None:
-        """Take note of workers that have ended."""
+        """Take note of processes that have ended."""
+        if self._reloading and os.waitpid(self._reloading, os.WNOHANG)[0]:
+            self._reloading = 0
+            if self._reload_again:
+                self._begin_reload()
         now = clock.monotonic()
         for worker in self._workers:
             if worker.pid and os.waitpid(worker.pid, os.WNOHANG)[0]:
@@ -185,21 +201,30 @@ class WorkerProcesses:
 
     def _run_worker(self, number: int) -> NoReturn:
         """Serve, as a worker that was forked."""
+
+        def serve() -> int:
+            return self._serve(
+                self._socket, number, self._lifeline, lambda: os.write(self._ready_writer, bytes([number]))
+            )
+
+        self._run_child(serve)
+
+    def _run_child(self, run: Callable[[], int]) -> NoReturn:
+        """Run a function, as a process that was forked, and end."""
         status = _FAILED
         try:
             os.setpgid(0, 0)  # what a terminal sends goes to the parent, which passes it on
             signal.set_wakeup_fd(-1)
-            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            for each in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
                 signal.signal(each, signal.SIG_DFL)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent reloads
             for end in (self._held_lifeline, self._ready_reader, self._signal_reader, self._signal_writer):
                 os.close(end)
-            status = self._serve(
-                self._socket, number, self._lifeline, lambda: os.write(self._ready_writer, bytes([number]))
-            )
+            status = run()
         except ForebayError as error:
             print(f"forebay: {error}", file=sys.stderr)  # noqa: T201 - of a program
         except BaseException:  # noqa: BLE001 - nothing of the parent's stack may run here
-            log.exception("worker %d of the gateway ends by a bug", number)
+            log.exception("a process of the gateway ends by a bug")
         finally:
             _end_process(status)
 

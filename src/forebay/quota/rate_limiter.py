@@ -578,8 +578,7 @@ def resize_buckets(
     resized = new_buckets(quotas)
     for quota, bucket in zip(quotas, resized, strict=True):
         if (earlier := old.get((quota.counted, quota.per))) is not None:
-            earlier.refill(now)
-            bucket.take(now, max(0.0, earlier.capacity - earlier.level))
+            bucket.take(now, max(0.0, earlier.capacity - earlier.remaining(now)))
     return resized
 
 

@@ -21,6 +21,7 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
+from forebay.upstream.shared.lease import SETTLING
 from forebay.upstream.shared.link import LedgerLink
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_events import UpstreamEvents
@@ -113,6 +114,10 @@ class UpstreamCore:
             accounts: its accounts too, if their limits are the same: it has the same provider and address.
         """
         if self.link is not None:  # the ledger knows what was spent, and this one is a new member of it
+            if old.link is not None:  # which goes on with its calls by these limits
+                self.link.settling_until = clock.now() + SETTLING
+                self.accounts.change_leases(old.accounts)
+                self.budgets.change_leases(old.budgets)
             self._adopt_answers(old, accounts=accounts)
             return
         had_budget = old.budgets.upstream_budget is not None

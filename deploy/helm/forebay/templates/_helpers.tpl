@@ -97,6 +97,28 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
+{{/* FOREBAY_SHARED, the URL of the store of the gateways' limits. */}}
+{{- define "forebay.sharedEnv" -}}
+{{- $secret := .Values.gateway.shared.secret -}}
+{{- if $secret.name -}}
+- name: FOREBAY_SHARED
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret.name }}
+      key: {{ $secret.key }}
+{{- else if .Values.redis.enabled -}}
+- name: REDIS_PASSWORD
+  valueFrom:
+    secretKeyRef:
+      name: {{ required "redis.password.secretName is needed: kubectl create secret generic NAME --from-literal=password=$(openssl rand -hex 32)" .Values.redis.password.secretName }}
+      key: {{ .Values.redis.password.key }}
+- name: FOREBAY_SHARED
+  value: redis://:$(REDIS_PASSWORD)@{{ include "forebay.fullname" . }}-redis:6379/0
+{{- else -}}
+{{- fail "gateway.shared.secret.name is needed without redis.enabled: a secret that holds the URL of a Redis" -}}
+{{- end }}
+{{- end -}}
+
 {{/* The configuration of `forebay autoscale`. Strings, numbers and lists are the same in TOML and in JSON. */}}
 {{- define "forebay.autoscaleConfig" -}}
 {{- $name := include "forebay.fullname" . -}}

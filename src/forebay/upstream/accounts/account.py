@@ -155,6 +155,10 @@ class Account:
         self._untaken: dict[QueuedCall, Permit] = {}  # granted to callers in the queue that have not woken yet
         self._unconfirmed: deque[Permit] = deque()  # granted within the last second, and some that have ended since
 
+    def change_max_wait(self, seconds: float) -> None:
+        """Judge calls from now on by another expected wait above which they are rejected."""
+        self._max_wait = seconds
+
     @property
     def refusals(self) -> RefusalControl:
         """The calls that were refused, and the rate that was learned from them."""

@@ -122,6 +122,14 @@ class AccountRegistry:
             (group, each) for group, each in old._shared.items() if self._has_limits_of(old, ("others", group))
         )
 
+    def change_leases(self, old: AccountRegistry) -> None:
+        """Let the leases of accounts that these replace have the limits of these, for the calls that they have yet."""
+        now = clock.now()
+        for place in [place for place, _ in old._accounts.items() if self._is_group(place[1])]:
+            if (lease := old._lease(place)) is not None:
+                with lease.lock:
+                    lease.change_terms(now, self._terms(place))
+
     def _is_group(self, group: str) -> bool:
         """Return whether there are accounts of that model group."""
         return group in self.settings.models or self.settings.model_group(group) == group
@@ -210,11 +218,21 @@ class AccountRegistry:
 
     def _lease(self, place: tuple[str, str]) -> AccountLease | None:
         """Return the lease on the ledger of an account; None if processes do not share it."""
-        link, settings = self._link, self.settings
+        link = self._link
+        if link is None:
+            return None
+        key = ledger_key("account", self.settings.name, *place)
+        lease = link.lease(key, lambda: AccountLease(link, key, self._terms(place)))
+        assert isinstance(lease, AccountLease)  # noqa: S101 - the key is that of an account
+        return lease
+
+    def _terms(self, place: tuple[str, str]) -> LedgerTerms:
+        """Return the settings of the ledger of an account."""
+        settings = self.settings
         of_key = settings.limits_of_key(place[0])
         own = None if of_key is None else of_key.max_concurrent
         most = settings.max_concurrent if own is None else own
-        terms = LedgerTerms(
+        return LedgerTerms(
             quotas=tuple(
                 sorted(
                     (QuotaTerms(quota.counted, quota.amount, quota.seconds) for quota in self._quotas(place)),
@@ -225,12 +243,6 @@ class AccountRegistry:
             limit=settings.limit_kind if most is None else None,
             breaker=settings.breaker.summary,
         )
-        if link is None:
-            return None
-        key = ledger_key("account", settings.name, *place)
-        lease = link.lease(key, lambda: AccountLease(link, key, terms))
-        assert isinstance(lease, AccountLease)  # noqa: S101 - the key is that of an account
-        return lease
 
     def _new_levels(self, place: tuple[str, str]) -> _QuotaLevels:
         return _QuotaLevels(new_buckets(self._quotas(place)))

@@ -265,6 +265,23 @@ class UpstreamBudgets:
                 for budget in budgets:
                     budget.change(amount)
 
+    def change_leases(self, old: UpstreamBudgets) -> None:
+        """Let the leases of budgets that these replace have the amounts of these, for the calls that they have yet."""
+        amounts = {place: budget for place, budget in self._given() if budget is not None}
+        for place, budgets in old._leased_by_place():
+            if (amount := amounts.get(place)) is not None:
+                for budget in budgets:
+                    budget.change(amount)
+
+    def _given(self) -> Sequence[tuple[str, Budget | None]]:
+        whole = None if self.upstream_budget is None else self.upstream_budget.budget
+        return ("budget", whole), ("tenant_budget", self._tenant), ("task_budget", self._task)
+
+    def _leased_by_place(self) -> Iterator[tuple[str, Sequence[UpstreamBudget]]]:
+        yield "budget", [] if self.upstream_budget is None else [self.upstream_budget]
+        yield "tenant_budget", [*self._tenants.values(), *([self._further_tenants] if self._further_tenants else [])]
+        yield "task_budget", self._tasks.values()
+
     def lease_wait(self, request: CallRequest) -> float:
         """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""
         if not (self.has_budgets or request.budgets):

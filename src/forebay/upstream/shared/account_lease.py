@@ -70,6 +70,7 @@ class AccountLease(LedgerLease):
         link: see `LedgerLease`.
         key: see `LedgerLease`.
         terms: see `LedgerLease`.
+        patience: see `LedgerLease`.
 
     Attributes:
         buckets: the quotas, in the order of the terms.
@@ -78,8 +79,9 @@ class AccountLease(LedgerLease):
         rate: the share in the rate that is learned from refusals.
     """
 
-    def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
+    def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms, *, patience: float = _PATIENCE) -> None:
         self.buckets: tuple[LeasedBucket, ...] = ()
+        self._asked_buckets: tuple[LeasedBucket, ...] = ()  # of the latest request
         self._demand: CallDemand | None = None
         self._look: Callable[[], None] = _do_nothing
         self._learned: LeasedLimit | None = None
@@ -87,8 +89,8 @@ class AccountLease(LedgerLease):
         self.is_bounded = terms.max_concurrent is not None or terms.limit is not None
         self.observed = ObservedLease(self)
         self.rate = RateLease()
-        super().__init__(link, key, terms, patience=_PATIENCE)
-        self.buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
+        super().__init__(link, key, terms, patience=patience)
+        self.buckets = self._asked_buckets = tuple(LeasedBucket(quota, self) for quota in terms.quotas)
 
     def reset(self) -> None:
         """See `LedgerLease`."""
@@ -103,6 +105,23 @@ class AccountLease(LedgerLease):
         self._peak = 0  # calls in flight at most, since the latest request
         self._counted = 0  # slots that this process holds, as the ledger has it
         self._retry_at = math.inf  # when to ask again for what was not granted
+
+    def change_terms(self, now: float, terms: LedgerTerms) -> None:
+        """See `LedgerLease`. Calls of its account go on by the old quotas, as far as there are such ones yet."""
+        known = {
+            (each.unit, each.seconds): bucket for each, bucket in zip(self.terms.quotas, self.buckets, strict=True)
+        }
+        kept = [known.get((quota.unit, quota.seconds)) for quota in terms.quotas]
+        self.buckets = tuple(
+            LeasedBucket(quota, self) if bucket is None else bucket
+            for quota, bucket in zip(terms.quotas, kept, strict=True)
+        )
+        for bucket in known.values():
+            bucket.is_unbounded = bucket not in kept
+        if terms.limit is None:
+            self._learned = None
+        self.is_bounded = terms.max_concurrent is not None or terms.limit is not None
+        super().change_terms(now, terms)
 
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
@@ -184,7 +203,7 @@ class AccountLease(LedgerLease):
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`."""
-        demand = self._demand
+        demand, self._asked_buckets = self._demand, self.buckets
         waiting: list[QueuedCall] = []
         if demand is not None and not leaving and demand.queue.length and not demand.is_paused(now):
             waiting = list(islice(demand.queue.in_order(), _LOOK_AHEAD))
@@ -230,10 +249,10 @@ class AccountLease(LedgerLease):
 
     def receive(self, now: float, request: ExchangeRequest, reply: ExchangeReply) -> None:
         """See `LedgerLease`."""
-        quotas = reply.quotas[: len(self.buckets)] or (None,) * len(self.buckets)
+        quotas = reply.quotas[: len(self._asked_buckets)] or (None,) * len(self._asked_buckets)
         self.observed.receive(now, request, reply)
         self.rate.receive(now, request, reply)
-        for bucket, quota in zip(self.buckets, quotas, strict=True):
+        for bucket, quota in zip(self._asked_buckets, quotas, strict=True):
             bucket.receive(now, quota, reply.competing)
         retry_in = math.inf if reply.retry_in is None else reply.retry_in
         if reply.slots is not None and request.slots is not None:
@@ -252,7 +271,7 @@ class AccountLease(LedgerLease):
 
     def keep_unreported(self) -> None:
         """See `LedgerLease`."""
-        for bucket in self.buckets:
+        for bucket in self._asked_buckets:
             bucket.keep_unreported()
         self.observed.keep_unreported()
         self._allowed = 0

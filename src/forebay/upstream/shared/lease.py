@@ -30,6 +30,9 @@ SHARED_ACCOUNT: Final = "shared account"
 _HEARTBEAT: Final = 0.5  # seconds between exchanges of a process that has calls, or holds something
 _SLOW_HEARTBEAT: Final = 1.5  # ... of one that has none
 _CONFLICT_RETRY: Final = 1.0  # seconds
+_SETTLING_RETRY: Final = 0.1  # ... of a process whose settings have just been changed
+SETTLING: Final = 10.0
+"""Seconds after a change of settings in which calls wait for processes that have the old ones yet."""
 
 
 class ExchangeLink(Protocol):
@@ -39,11 +42,13 @@ class ExchangeLink(Protocol):
         member: the id of this process in all its ledgers.
         where: names the store in messages.
         exchange_time: seconds that an exchange takes.
+        settling_until: until then other processes may have other settings, since they are being changed.
     """
 
     member: str
     where: str
     exchange_time: float
+    settling_until: float
 
     def is_failing(self) -> bool:
         """Return whether the latest exchange has failed."""
@@ -94,6 +99,7 @@ class LedgerLease(ABC):
         self.until = -math.inf
         self.members = self.rank = 0
         self.conflict: LedgerTerms | None = None
+        self._settling_until = -math.inf
         self._sequence = self._answered = 0
         self._epoch = ""
         self._pending: ExchangeRequest | None = None
@@ -120,7 +126,7 @@ class LedgerLease(ABC):
 
     def unusable(self, now: float) -> Rejected | None:
         """Return a rejection if the ledger cannot be used, and waiting is not expected to help; else None."""
-        if self.conflict is not None:
+        if self.conflict is not None and not self._is_settling(now):
             reason = (
                 f"its settings differ from those of other processes that share it in {self.link.where}: {self.terms}"
                 f" here, {self.conflict} there. Give all the same; the new ones hold once no process has the old ones"
@@ -137,11 +143,23 @@ class LedgerLease(ABC):
         )
         return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
 
+    def _is_settling(self, now: float) -> bool:
+        """Return whether other processes may have other settings yet, because they are being changed."""
+        return now < max(self._settling_until, self.link.settling_until)
+
+    def change_terms(self, now: float, terms: LedgerTerms) -> None:
+        """Have other settings. They hold once all processes have them; until then calls wait, for some seconds."""
+        if terms != self.terms:
+            self.terms = terms
+            self._settling_until = now + SETTLING
+            if self.members > 0:
+                self.ask_at(now)
+
     # --- exchanges ---
 
     def ask_at(self, when: float) -> None:
-        """Make an exchange at `when`, or earlier if one was to be made before."""
-        if when < self.due:
+        """Make an exchange at `when`, or earlier if one was to be made before; after a conflict not before `due`."""
+        if when < self.due and (self.conflict is None or self.due == math.inf):
             self.due = when
             self.link.schedule(self)
 
@@ -199,7 +217,7 @@ class LedgerLease(ABC):
             self.conflict = reply.conflict
             if reply.conflict is not None:
                 self.until, self.members = -math.inf, 0
-                self.due = now + _CONFLICT_RETRY
+                self.due = now + (_SETTLING_RETRY if self._is_settling(now) else _CONFLICT_RETRY)
                 self.keep_unreported()
                 return
             self._epoch, self._answered = reply.epoch, request.sequence

@@ -32,6 +32,8 @@ class LeasedBucket(Bucket):
     Attributes:
         asked: what the first waiting call needed when it was last asked for.
         counted_by_all: the use that the ledger has counted, if it does, at the latest reply.
+        missing: from the quota, if the ledger is opened by this process; 0 for nothing.
+        is_unbounded: the ledger has no such quota any more.
     """
 
     __slots__ = (
@@ -54,12 +56,16 @@ class LeasedBucket(Bucket):
         "_used",
         "asked",
         "counted_by_all",
+        "is_unbounded",
+        "missing",
     )
 
     def __init__(self, terms: QuotaTerms, lease: LedgerLease) -> None:
         strict = terms.unit.endswith("_at_most")
         super().__init__(terms.amount, terms.seconds, -math.inf, strict=strict)
         self._lease = lease
+        self.missing = 0.0
+        self.is_unbounded = False
         self.reset_lease()
 
     def reset_lease(self) -> None:
@@ -87,6 +93,8 @@ class LeasedBucket(Bucket):
 
     def usable(self, now: float) -> float:
         """Return what calls may take now; below 0 is a debt."""
+        if self.is_unbounded:
+            return self.amount
         if now < self._lease.until:  # `is_leased` inlined: a hot path
             return self._granted - self._used - self._returning - self.held
         if (away := self._own_share(now)) is not None:
@@ -222,12 +230,12 @@ class LeasedBucket(Bucket):
         self.asked = first = min(first, self.amount)
         chunk = min(_CHUNK * self.amount, max(self._pace * _CHUNK_TIME, waiting))
         if leaving or chunk < self._call or (not waiting and now - self._taken_at >= _IDLE):
-            chunk = 0.0  # less than a call needs would be missing elsewhere, and of no use here
+            chunk = 0.0  # less than a call needs would be missing elsewhere, and serve no call here
         target = 0.0 if leaving else max(first, chunk)
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
         self._reported = self._used
-        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted)
+        request = QuotaRequest(used=self._used, reserved=self.held, needed=needed, wanted=wanted, missing=self.missing)
         balance = max(0.0, self._granted - self._used)
         self._returning = balance - request.kept(balance)
         return request

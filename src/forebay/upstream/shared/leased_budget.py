@@ -117,11 +117,11 @@ class LeasedBudget(LedgerLease):
         return self.budget.usd
 
     def change(self, budget: Budget) -> None:
-        """Set another amount or period: it holds once no other process has the old ones. What was spent stays so."""
+        """Set another amount or period: it holds once all processes have it. What was spent stays so."""
         with self.lock:
             self.budget = budget
             self._terms = BudgetTerms(budget.usd, budget.per, budget.reserved_share, self._forget_after)
-            self.terms = LedgerTerms(budget=self._terms)
+            self.change_terms(clock.now(), LedgerTerms(budget=self._terms))
 
     # --- calls ---
 

@@ -75,11 +75,13 @@ class AccountLedger:
     def open(cls, now: float, request: ExchangeRequest) -> AccountLedger:
         """Return a new ledger, for the first request that comes.
 
-        Its quotas are full; if the member has known the ledger before, its store has lost it, and they are empty. Its
-        budget begins with what the member's spend log has.
+        Its quotas are full, or what the member says; if it has known the ledger before, its store has lost it, and they
+        are empty. Its budget begins with what the member's spend log has.
         """
         lost = bool(request.epoch)
         levels = [0.0 if lost else quota.amount for quota in request.terms.quotas]
+        if not lost:
+            levels = [level - asked.missing for level, asked in zip(levels, request.quotas, strict=False)] or levels
         epoch = f"{request.member}:{request.sequence}"
         state = LedgerState(epoch=epoch, terms=request.terms, clock=now, levels=levels, layout=LAYOUT)
         begin_limit(state, request.limit)
@@ -103,12 +105,15 @@ class AccountLedger:
         if known is not None and known.reply is not None and request.sequence <= known.sequence:
             return known.reply
         if request.terms != state.terms:
-            if state.others(name):
+            if known is not None:
+                known.proposed = request.terms
+            if any(other.proposed != request.terms for other in state.others(name)):
                 return ExchangeReply(epoch=state.epoch, members=len(state.members), rank=0, conflict=state.terms)
             self._replace_terms(now, request)
         forgotten = request.answered > self._latest_sequence(name)
         member, counts = self._join(request)
         member.sequence, member.seen, member.until = request.sequence, state.time, state.time + LEASE
+        member.proposed = None
         if counts:
             self._count(member, request, forgotten=forgotten)
         reply = self._decide(request, member)
@@ -213,21 +218,30 @@ class AccountLedger:
             recover_spend(state, request.budget)
 
     def _replace_terms(self, now: float, request: ExchangeRequest) -> None:
-        """Take over the settings of the only member. A quota keeps its level, and so does a limit of the same kind."""
+        """Take over settings that all members ask for. A quota keeps its level, and so does a limit of the same kind.
+
+        The members keep their slots and their money. What they hold of a quota counts as used, as if their leases had
+        ended: they have held nothing since their own settings changed.
+        """
         state, terms = self.state, request.terms
         if terms.limit != state.terms.limit:
             begin_limit(state, request.limit)
-        levels = {
-            (quota.unit, quota.seconds): level for quota, level in zip(state.terms.quotas, state.levels, strict=False)
-        }
-        observed = state.levels[len(state.terms.quotas) :]
+        given = len(state.terms.quotas)
+        known = {(quota.unit, quota.seconds): number for number, quota in enumerate(state.terms.quotas)}
+        places = [known.get((quota.unit, quota.seconds)) for quota in terms.quotas]
+        observed = range(given, len(state.levels))
         state.levels = [
-            min(levels.get((quota.unit, quota.seconds), quota.amount), quota.amount) for quota in terms.quotas
-        ] + observed
+            quota.amount if place is None else min(state.levels[place], quota.amount)
+            for place, quota in zip(places, terms.quotas, strict=True)
+        ] + state.levels[given:]
         state.terms = terms
         for name in list(state.members):
             end_probes(state, name)
-        state.members.clear()
+        state.members.pop(request.member, None)
+        for member in state.members.values():
+            lost = [0.0 if place is None else member.lost[place] + member.held[place] for place in [*places, *observed]]
+            member.held, member.short, member.lost = [0.0] * len(lost), [0.0] * len(lost), lost
+            member.is_waiting, member.proposed = False, None
         if terms.budget is not None:
             begin_period(state, terms.budget, now)
 

@@ -44,6 +44,7 @@ class MemberState(msgspec.Struct):
         under_way: of each observed quota: what its calls in flight have reserved.
         rate_demand: calls a second that it sends, or would send.
         rate_trial_until: until then only it tries why calls are refused.
+        proposed: the terms that it asks for, if they are others than those of the ledger.
     """
 
     sequence: int
@@ -66,6 +67,7 @@ class MemberState(msgspec.Struct):
     under_way: list[float] = []
     rate_demand: float = 0.0
     rate_trial_until: float = 0.0
+    proposed: LedgerTerms | None = None
 
     def wishes(self, time: float) -> bool:
         """Return whether its wishes count: it has asked lately."""

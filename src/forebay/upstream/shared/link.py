@@ -40,12 +40,14 @@ class LedgerLink:
         member: the id of this process in all ledgers of the upstream.
         where: names the store in messages.
         exchange_time: seconds that an exchange takes, as a moving mean.
+        settling_until: until then other processes may have other settings, since they are being changed.
     """
 
     def __init__(self, store: LedgerStore, name: str) -> None:
         self.store = store
         self.where = store.where
         self._name = name
+        self.settling_until = -math.inf
         self._leases: WeakValueDictionary[str, LedgerLease] = WeakValueDictionary()
         self._reset()
         reset_in_child(self)

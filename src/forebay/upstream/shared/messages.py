@@ -97,12 +97,14 @@ class QuotaRequest(msgspec.Struct, frozen=True):
         needed: to hold after the exchange, `reserved` included, so that the first of its waiting calls can go; 0 if
             none waits for it. If it does not hold that much, it returns what is not reserved, and gets all or nothing.
         wanted: to hold after the exchange, at least `reserved` and `needed`; what it holds above that is returned.
+        missing: from the quota at first, if this request opens the ledger.
     """
 
     used: float = 0.0
     reserved: float = 0.0
     needed: float = 0.0
     wanted: float = 0.0
+    missing: float = 0.0
 
     def kept(self, held: float) -> float:
         """Return the part of `held` that the member keeps, before anything is granted."""

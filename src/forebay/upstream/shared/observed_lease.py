@@ -82,7 +82,7 @@ class ObservedLease:
         return all(share.bucket.is_full(now) for share in self._shares.values())
 
     def needs_exchange(self, now: float) -> bool:
-        """Return whether a share is low, or others are to be told of a new or changed limit, or of a refusal."""
+        """Return whether a share is low, or others need to know a new or changed limit, or a refusal."""
         if not self._shares:  # most accounts; each call asks twice
             return False
         return any(

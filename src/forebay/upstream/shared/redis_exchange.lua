@@ -813,7 +813,8 @@ end
 local function open_ledger(now, request)
   local levels = {}
   for number, quota in ipairs(request.terms.quotas) do
-    levels[number] = request.epoch == '' and quota.amount or 0
+    local asked = request.quotas[number]
+    levels[number] = request.epoch == '' and quota.amount - (asked and asked.missing or 0) or 0
   end
   local state = {
     epoch = request.member .. ':' .. string.format('%d', request.sequence), terms = request.terms, clock = now,
@@ -857,10 +858,11 @@ local function advance(state, now)
 end
 
 local function replace_terms(state, now, request)
-  local terms, levels = request.terms, {}
+  local terms, levels, places = request.terms, {}, {}
   if terms.limit ~= state.terms.limit then begin_limit(state, request.limit) end
   for number, quota in ipairs(state.terms.quotas) do
     levels[quota.unit .. '/' .. quota.seconds] = state.levels[number]
+    places[quota.unit .. '/' .. quota.seconds] = number
   end
   local observed = {}
   for number = #state.terms.quotas + 1, #state.levels do observed[#observed + 1] = state.levels[number] end
@@ -870,7 +872,21 @@ local function replace_terms(state, now, request)
   end
   for _, level in ipairs(observed) do state.levels[#state.levels + 1] = level end
   for name in pairs(state.members) do end_probes(state, name) end
-  state.terms, state.members = terms, {}
+  local given = #state.terms.quotas
+  state.terms, state.members[request.member] = terms, nil
+  for _, member in pairs(state.members) do
+    local held, short, lost = {}, {}, {}
+    for number, quota in ipairs(terms.quotas) do
+      local place = places[quota.unit .. '/' .. quota.seconds]
+      held[number], short[number] = 0, 0
+      lost[number] = place and member.lost[place] + member.held[place] or 0
+    end
+    for number = 1, #observed do
+      local place, now_at = given + number, #terms.quotas + number
+      held[now_at], short[now_at], lost[now_at] = 0, 0, member.lost[place] + member.held[place]
+    end
+    member.held, member.short, member.lost, member.is_waiting, member.proposed = held, short, lost, false, nil
+  end
   if terms.budget then begin_period(state, terms.budget, now) end
 end
 
@@ -971,8 +987,9 @@ if known and known.reply and request.sequence <= known.sequence then
   return known.reply
 end
 if not equal(request.terms, state.terms) then
-  for other in pairs(state.members) do
-    if other ~= request.member then
+  if known then known.proposed = request.terms end
+  for other, each in pairs(state.members) do
+    if other ~= request.member and not (each.proposed and equal(each.proposed, request.terms)) then
       save(state)
       local members = #sorted_names(state.members)
       return cmsgpack.pack({epoch = state.epoch, members = members, rank = 0, conflict = state.terms})
@@ -985,6 +1002,7 @@ local heard = known or state.ended[request.member]
 local forgotten = request.answered > (heard and heard.sequence or 0)
 local member, counts = join(state, request)
 member.sequence, member.seen, member.until_ = request.sequence, state.time, state.time + LEASE
+member.proposed = nil
 if counts then
   local names = sorted_names(state.members)
   report_observed(state, names, member, request)

@@ -25,6 +25,7 @@ class FakeLink:
     member = "a"
     where = "the store"
     exchange_time = 0.01
+    settling_until = -math.inf
 
     def __init__(self) -> None:
         self.next_sequence = itertools.count(1).__next__
