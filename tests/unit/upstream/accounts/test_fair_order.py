@@ -50,7 +50,7 @@ CALLS = st.builds(
 )
 
 
-@given(st.lists(st.tuples(CALLS, st.booleans())))
+@given(st.lists(st.tuples(CALLS, st.booleans()), max_size=12))
 def test_a_call_that_is_sent_as_it_arrives_takes_the_turn_of_one_that_is_queued_and_served(
     calls: list[tuple[CallRequest, bool]],
 ) -> None:
