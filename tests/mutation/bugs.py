@@ -252,6 +252,7 @@ from forebay.upstream.call_meter import CallMeter
 from forebay.upstream.call_request import Caller, CallOutcome, CallPrice, CallRequest, Permit, Rejected
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.exchange import Exchange
+from forebay.upstream.fallbacks.even_draws import EvenDraws
 from forebay.upstream.fallbacks.fallback_chain import FallbackChain
 from forebay.upstream.fallbacks.load_balancer import LoadBalancer, Peer
 from forebay.upstream.fallbacks.reroute import ReroutedRequest
@@ -4146,6 +4147,10 @@ def an_issued_key_pays_for_the_api_key_of_its_name() -> None:
 
 
 # --- aliases and pools ---
+
+
+def members_of_a_pool_share_calls_by_independent_draws() -> None:
+    replace(EvenDraws, EvenDraws.__call__, lambda _: clock.draw())
 
 
 def a_pool_serves_a_key_by_targets_that_it_is_not_for() -> None:

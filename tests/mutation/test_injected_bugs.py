@@ -193,7 +193,7 @@ from tests.unit.upstream.accounts.refusals import (
     test_refusal_pause,
     test_refusal_trial,
 )
-from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
+from tests.unit.upstream.fallbacks import test_fallback_chain, test_load_balancer, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
 from tests.unit.upstream.shared import (
@@ -1723,6 +1723,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_gateway_drains_for_as_long_as_its_file_says: (
         test_gateway_command.test_an_option_overrides_how_long_the_file_lets_calls_drain
+    ),
+    bugs.members_of_a_pool_share_calls_by_independent_draws: (
+        test_load_balancer.test_any_run_of_even_draws_keeps_a_share_to_a_few_calls
     ),
     bugs.a_pool_serves_a_key_by_targets_that_it_is_not_for: (
         test_gateway_models.test_an_issued_key_for_no_member_of_a_pool_is_refused_and_does_not_see_its_alias

@@ -120,7 +120,8 @@ def test_calls_just_below_both_limits_wait_for_nothing(seed: int) -> None:
     assert max(pool.waits) == 0.0
     used = use(pool)
     assert (100 * used["small"] + 300 * used["large"]) / 400 >= 0.97 * len(pool.waits) / (15.0 * 390.0)
-    assert min(used.values()) >= 0.92
+    assert min(used.values()) >= 0.955  # of 0.975 that are asked for, on average
+    assert abs(used["small"] - used["large"]) <= 0.02
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,7 +11,6 @@ from urllib.parse import unquote
 
 import msgspec
 
-from forebay import clock
 from forebay.errors import ForebayError
 from forebay.gateway.error_responses import ApiProtocol
 from forebay.gateway.issued_keys import IssuedKey
@@ -20,8 +19,10 @@ from forebay.gateway.settings import ModelSettings
 from forebay.gateway.targets import Destination, Target
 from forebay.upstream import Fallback
 from forebay.upstream.call_flow import CallRunner
+from forebay.upstream.call_request import Prospect
+from forebay.upstream.fallbacks.even_draws import EvenDraws
 from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
-from forebay.upstream.fallbacks.load_balancer import choice_order
+from forebay.upstream.fallbacks.load_balancer import choose_by_room
 from forebay.upstream.providers.json_text import replace_lone_surrogates
 from forebay.upstream.stored_responses import StoredResponses
 
@@ -149,6 +150,13 @@ class ChosenDeployment(NamedTuple):
     takes_own_key: bool
 
 
+class _Choices(NamedTuple):
+    """The deployments that a call of one model can go to, and the draws by which calls are shared among them."""
+
+    deployments: tuple[ChosenDeployment, ...]
+    draw: EvenDraws
+
+
 class DeploymentPool:
     """The deployments that share the calls of a model. Of a plain alias there is one.
 
@@ -203,14 +211,15 @@ class DeploymentPool:
             request: what the call says.
             place: where the response that it continues or fetches is stored, if that is known.
         """
-        choices = self._choices(request.model)
+        choices, draw = self._choices(request.model)
         if place is not None:
             return next((choice for choice in choices if choice.deployment.place == place), choices[0])
         if request.model is None or request.stored or len(choices) == 1:
             return choices[0]
-        return min(choices, key=_order)
+        options = [(_prospect(choice), choice.deployment.weight) for choice in choices]
+        return choices[choose_by_room(options, draw())]
 
-    def _choices_for(self, model: str | None) -> tuple[ChosenDeployment, ...]:
+    def _choices_for(self, model: str | None) -> _Choices:
         choices = []
         for own in self.deployments:
             named = None if model is None else own.model or model
@@ -226,14 +235,15 @@ class DeploymentPool:
             resolver = FallbackResolver(own.target.upstream, peers, own_weight=own.weight, drawn=True)
             runner = CallRunner(own.target.upstream.core, resolver)
             choices.append(ChosenDeployment(own, model, named, runner, self._takes_own_key))
-        return tuple(choices)
+        return _Choices(tuple(choices), EvenDraws())
 
 
-def _order(choice: ChosenDeployment) -> tuple[float, float]:
+def _prospect(choice: ChosenDeployment) -> Prospect:
+    """Return what a typical call can expect of a deployment."""
     deployment = choice.deployment
     credential = "" if deployment.key is None else deployment.key.key
     account = deployment.target.upstream.core.accounts.account(choice.model or "", credential)
-    return choice_order(account.prospect_for(), deployment.weight, clock.draw())
+    return account.prospect_for()
 
 
 class WrongProtocol(ForebayError, ValueError):

@@ -277,6 +277,9 @@ class ModelSettings(_Settings, frozen=True, kw_only=True):
 def _check_model_name(settings: _Settings, name: str, value: object) -> None:
     if value is not None and (not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MAX_NAME):
         settings._reject(name, f"a name of 1 to {_MAX_NAME} printable characters")  # noqa: SLF001 - of this module
+    if name == "model" and isinstance(value, str) and "*" in value:  # it would be sent as it is
+        expected = "the name of one model, not a pattern: leave it out to send the name that callers use"
+        settings._reject(name, expected)  # noqa: SLF001 - of this module
 
 
 class TargetSettings(QuotaSettings, frozen=True, kw_only=True):

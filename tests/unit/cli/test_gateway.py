@@ -296,6 +296,8 @@ def test_check_prints_aliases_pools_and_keys(
         ("[models.fast]\npool = [{target = 'openai'}, {target = 'openai', model = 'fast'}]", "different deployments"),
         ("[models.fast]\nmodel = 'x'\npool = [{target = 'openai'}]", "left out if there is a target or a model"),
         ("[models.fast]\npool = [{target = 'openai', weight = 0}]", "it must be a positive number of shares"),
+        ("[models.'gpt-*']\ntarget = 'openai'\nmodel = 'gpt-*'", "it must be the name of one model, not a pattern"),
+        ("[models.fast]\npool = [{target = 'openai', model = '*'}, {target = 'openai'}]", "not a pattern"),
         ("[models.fast]\ntargt = 'openai'", "models.fast.targt is not a setting; did you mean target?"),
         ("[[targets.openai.keys]]\nname = 'a'", "needs api_key_env"),
         ("[targets.openai]\nkeys = [{api_key_env = 'A'}, {api_key_env = 'A'}]", "different names and variables"),

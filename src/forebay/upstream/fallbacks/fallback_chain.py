@@ -163,12 +163,13 @@ class FallbackChain(Generic[RouteT]):
         any_of: all these accounts as one load source.
         own_weight: share of calls of its own account, if others share them.
         drawn: its own account was chosen among those that share it already.
+        draw: returns numbers from [0, 1), by which calls are shared.
 
     Raises:
         Overloaded: all of them have rejected an earlier call of the same run.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it chooses among, and how
         self,
         own: RouteT,
         others: Sequence[tuple[FallbackRoute, SharedAccount]],
@@ -176,8 +177,10 @@ class FallbackChain(Generic[RouteT]):
         *,
         own_weight: float = 1.0,
         drawn: bool = False,
+        draw: Callable[[], float] = clock.draw,
     ) -> None:
         self.own = own
+        self._draw = draw
         self._balancer = _balancer(own, others, own_weight=own_weight, drawn=drawn)
         others = [other for other in others if other[0].weight is None]
         self._any_of = any_of
@@ -224,7 +227,7 @@ class FallbackChain(Generic[RouteT]):
 
     def _next_balanced(self, balancer: LoadBalancer[RouteT]) -> RouteT | None:
         """Return the next route among the accounts that share the call; None if all have ended it."""
-        while (peer := balancer.choose(clock.now(), clock.draw)) is not None:
+        while (peer := balancer.choose(clock.now(), self._draw)) is not None:
             if peer.route is None:
                 assert peer.other is not None  # noqa: S101 - its own is prepared
                 if self.own.may_use_key(peer.other):
@@ -387,4 +390,4 @@ def make_chain(own: RouteT, resolver: FallbackResolver) -> FallbackChain[RouteT]
     if not others:
         return None
     any_of = resolver.any_of([own.account, *(account for _, account in others)])
-    return FallbackChain(own, others, any_of, own_weight=resolver.own_weight, drawn=resolver.drawn)
+    return FallbackChain(own, others, any_of, own_weight=resolver.own_weight, drawn=resolver.drawn, draw=resolver.draw)

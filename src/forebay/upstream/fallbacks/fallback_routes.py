@@ -11,6 +11,7 @@ import msgspec
 from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.core import UpstreamCore
+from forebay.upstream.fallbacks.even_draws import EvenDraws
 from forebay.upstream.fallbacks.fallback import Fallback, FallbackTarget
 from forebay.upstream.weak_lru import WeakLRU
 
@@ -144,6 +145,7 @@ class FallbackResolver:
         has_fallbacks: there are other accounts that can serve a call.
         own_weight: as given.
         drawn: as given.
+        draw: returns the numbers by which the peers share calls.
     """
 
     def __init__(
@@ -157,6 +159,7 @@ class FallbackResolver:
         self.has_fallbacks = bool(upstream.fallbacks) or bool(peers)
         self.own_weight = own_weight
         self.drawn = drawn
+        self.draw = EvenDraws()
         self._routes = functools.lru_cache(_CACHED)(functools.partial(_find_routes, upstream, tuple(peers)))
         self._any_of: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_CACHED)
 

@@ -20,21 +20,27 @@ _WORTH_MOVING: Final = 0.5  # of the wait that is left: a call that would wait f
 _LEAST_GAIN: Final = 0.25  # seconds that a move must save
 
 
-def choice_order(prospect: Prospect, weight: float, draw: float) -> tuple[float, float]:
-    """Return the order in which accounts are chosen for a call: the least comes first.
+def choose_by_room(options: Sequence[tuple[Prospect, float]], draw: float) -> int:
+    """Return the number of the account that is chosen for a call.
 
-    The account that would send it soonest comes first. Of those that would send it equally soon each comes first with a
-    probability in proportion to its room times its weight.
-
-    Source: P. Efraimidis and P. Spirakis, "Weighted random sampling with a reservoir", 2006.
+    It is the account that would send the call soonest. Of several that would send it equally soon, each is chosen with
+    a probability in proportion to its room times its weight.
 
     Args:
-        prospect: what the call can expect of the account.
-        weight: of the account, above 0.
-        draw: a random number in [0, 1), one for each account.
+        options: of each account, at least one, what the call can expect there, and its weight, above 0.
+        draw: a random number in [0, 1).
     """
-    room = min(_MOST_CALLS, max(_LEAST_CALLS, prospect.calls)) * weight
-    return prospect.seconds, -math.log(1.0 - draw) / room
+    soonest = min(prospect.seconds for prospect, _ in options)
+    rooms = [
+        min(_MOST_CALLS, max(_LEAST_CALLS, prospect.calls)) * weight if prospect.seconds == soonest else 0.0
+        for prospect, weight in options
+    ]
+    left = draw * sum(rooms)
+    for number, room in enumerate(rooms):
+        left -= room
+        if left < 0.0:
+            return number
+    return max(range(len(rooms)), key=rooms.__getitem__)  # by a rounding error
 
 
 class Peer(Generic[RouteT]):
@@ -96,11 +102,10 @@ class LoadBalancer(Generic[RouteT]):
         drawn, self._drawn = self._drawn, False
         if drawn and self._open and self._open[0].prospect(now, self._request).seconds <= 0.0:
             return self._open[0]
-        return min(
-            self._open,
-            key=lambda peer: choice_order(peer.prospect(now, self._request), peer.weight, draw()),
-            default=None,
-        )
+        if not self._open:
+            return None
+        options = [(peer.prospect(now, self._request), peer.weight) for peer in self._open]
+        return self._open[choose_by_room(options, draw())]
 
     def find(self, route: RouteT) -> Peer[RouteT] | None:
         """Return the account of a route; None if it is not one of those that share the call."""
