@@ -32,6 +32,7 @@ _PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
 _RAISED: Final = 0.05  # seconds after which others are told that the limit has risen
+_CALLED: Final = 30.0  # seconds after a call in which it is to be known soon that calls are let through again
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
 
 
@@ -66,6 +67,7 @@ class AccountLease(LedgerLease):
 
     Attributes:
         buckets: the quotas, in the order of the terms.
+        called_at: when the latest call came, whatever became of it.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms) -> None:
@@ -87,6 +89,7 @@ class AccountLease(LedgerLease):
         self._allowed = 0  # calls in flight
         self._counted = 0  # slots that this process holds, as the ledger has it
         self._retry_at = math.inf  # when to ask again for what was not granted
+        self.called_at = -math.inf
 
     def bind(self, demand: CallDemand, lock: threading.RLock, look: Callable[[], None]) -> None:
         """Use the calls of an account, its lock, and what serves its queue."""
@@ -162,9 +165,9 @@ class AccountLease(LedgerLease):
     def is_busy(self, now: float) -> bool:
         """See `LedgerLease`."""
         calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
-        return (
-            bool(calls) or self._stoppages.is_stopping(now) or not all(bucket.is_full(now) for bucket in self.buckets)
-        )
+        if calls or (now < self.called_at + _CALLED and self._stoppages.is_stopping(now)):
+            return True
+        return not all(bucket.is_full(now) for bucket in self.buckets)
 
     def make_request(self, now: float, *, leaving: bool) -> ExchangeRequest:
         """See `LedgerLease`."""
