@@ -290,3 +290,17 @@ def test_a_store_that_has_lost_its_data_is_told_that_calls_are_stopped() -> None
     assert fleet.stoppage("breaker").openings > 0
     assert fleet.stoppage("breaker").epoch >= before
     assert states == {"open"}
+
+
+@pytest.mark.parametrize("answer", [failing, spent, refusing], ids=["breaker", "suspension", "pause"])
+def test_processes_that_are_not_called_any_more_leave_though_their_calls_are_stopped(
+    answer: Callable[[float], CallOutcome],
+) -> None:
+    async def main() -> list[str]:
+        fleet = Fleet(2, answer)
+        await fleet.run(25.0, 20.0)
+        await asyncio.sleep(700.0)
+        (ledger,) = fleet.store.ledgers.values()
+        return list(ledger.state.members)
+
+    assert simulate(main, seed=6) == []

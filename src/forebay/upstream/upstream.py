@@ -83,9 +83,9 @@ class Upstream:
         on_event: called with each `Event` of the upstream, such as a `BudgetAlert`, in a turn of its own of the event
             loop or in a thread: a plain function that does not block. Supervisors whose tasks call the upstream have
             these events too.
-        shared: the store that makes quotas, the limit of calls in flight and budgets one for all processes that name
-            it, such as ``"sqlite:///account.db"``; None: they hold for this process alone. Learned rates, the breaker
-            and pauses after a 429 are each process's own.
+        shared: the store that makes quotas, the limit of calls in flight, budgets, the breaker and pauses after a 429
+            one for all processes that name it, such as ``"sqlite:///account.db"``; None: they hold for this process
+            alone. Learned rates are each process's own.
         key_limits: limits of particular API keys, by key, and the name that stands for each; other keys have `quotas`
             and `max_concurrent`.
 

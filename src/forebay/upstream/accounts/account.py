@@ -182,6 +182,8 @@ class Account:
         if self._untaken:
             self._release_lost(now)
         request.asked_at = min(request.asked_at, now)
+        if self._lease is not None:
+            self._lease.called_at = now
         if self.places.kept:
             self.places.drop(request)  # it is back
         at_once = (

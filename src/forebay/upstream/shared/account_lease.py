@@ -35,6 +35,7 @@ _PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
 _RAISED: Final = 0.05  # seconds after which others are told that the limit has risen
+_CALLED: Final = 30.0  # seconds after a call in which it is to be known soon that calls are let through again
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
 
 
@@ -77,6 +78,7 @@ class AccountLease(LedgerLease):
         is_bounded: the ledger bounds the calls in flight.
         observed: the shares in the limits that headers show.
         rate: the share in the rate that is learned from refusals.
+        called_at: when the latest call came, whatever became of it.
     """
 
     def __init__(self, link: ExchangeLink, key: str, terms: LedgerTerms, *, patience: float = _PATIENCE) -> None:
@@ -105,6 +107,7 @@ class AccountLease(LedgerLease):
         self._peak = 0  # calls in flight at most, since the latest request
         self._counted = 0  # slots that this process holds, as the ledger has it
         self._retry_at = math.inf  # when to ask again for what was not granted
+        self.called_at = -math.inf
 
     def change_terms(self, now: float, terms: LedgerTerms) -> None:
         """See `LedgerLease`. Calls of its account go on by the old quotas, as far as there are such ones yet."""
@@ -197,7 +200,9 @@ class AccountLease(LedgerLease):
     def is_busy(self, now: float) -> bool:
         """See `LedgerLease`."""
         calls = self._demand is not None and (self._demand.in_flight or self._demand.queue.length)
-        if bool(calls) or self._stoppages.is_stopping(now) or not self.observed.is_full(now):
+        if calls or (now < self.called_at + _CALLED and self._stoppages.is_stopping(now)):
+            return True
+        if not self.observed.is_full(now):
             return True
         return not all(bucket.is_full(now) for bucket in self.buckets)
 
