@@ -276,6 +276,7 @@ async def test_a_call_that_uses_more_than_it_reserved_is_paid_back_before_others
 ) -> None:
     calls = CallDriver(*processes.open(quotas=[Quota(output_tokens=600, per="minute")]), seconds=0.0)
     await calls.call(output_tokens=100, used=900)
+    await asyncio.sleep(EXCHANGES)
     began = now()
     await calls.call(output_tokens=100)
     assert now() - began == pytest.approx(40.0, abs=HEARTBEAT)  # 300 of a debt, and 100
@@ -363,7 +364,7 @@ async def test_a_budget_is_spent_to_the_last_call_that_it_can_pay_and_passed_by_
     outcomes = await asyncio.gather(*spenders, return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {Overloaded}
     assert 1_000 - 5 * processes.count * 40 <= spent <= 1_000
-    await asyncio.sleep(HEARTBEAT)
+    await asyncio.sleep(4 * HEARTBEAT)
     assert [upstream.statistics().spent_usd for upstream in upstreams] == pytest.approx(
         [spent / 1_000] * processes.count
     )
@@ -421,7 +422,7 @@ async def test_a_call_that_leaves_the_queue_keeps_no_money(processes: AccountPro
     calls.check()
 
 
-@virtual
+@virtual(seed=4)  # with which the retry comes in the last moment before all know that it has renewed
 async def test_a_spent_budget_rejects_calls_until_it_renews(processes: AccountProcesses) -> None:
     upstreams = processes.open(budget=Budget(usd=1.0, per="hour"), prices=PRICES)
     calls = CallDriver(*upstreams, seconds=0.0)

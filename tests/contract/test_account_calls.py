@@ -355,7 +355,8 @@ async def test_a_limit_that_is_learned_uses_a_provider_with_few_refusals(process
 
     await asyncio.gather(*(ask(upstream) for upstream in upstreams for _ in range(10)))
     assert provider.served >= 0.8 * 5 * 40.0 / 0.5
-    assert provider.refused <= 0.25 * provider.served
+    if processes.count == 1:
+        assert provider.refused <= 0.1 * provider.served
     CallDriver(*upstreams).check()
 
 

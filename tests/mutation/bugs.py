@@ -4261,6 +4261,16 @@ def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
 
 
+def a_shared_budget_is_said_to_renew_before_its_ledger_lets_it() -> None:
+    original = LeasedBudget._resets_in
+
+    def _resets_in(self: LeasedBudget, now: float) -> float | None:
+        self._renewed_at = self._period_until
+        return original(self, now)
+
+    replace(LeasedBudget, original, _resets_in)
+
+
 def a_call_waits_for_a_quota_that_other_processes_have_used() -> None:
     always(Account, Account._reject_futile, returns=None)
 

@@ -457,6 +457,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
     ),
+    bugs.a_shared_budget_is_said_to_renew_before_its_ledger_lets_it: (
+        test_account.test_a_spent_budget_rejects_calls_until_it_renews
+    ),
     bugs.a_call_waits_for_a_quota_that_other_processes_have_used: (
         test_account.test_a_call_that_no_quota_will_let_through_in_time_is_rejected_soon
     ),

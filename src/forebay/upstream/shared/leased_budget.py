@@ -87,7 +87,8 @@ class LeasedBudget(LedgerLease):
         """See `LedgerLease`."""
         super().reset()
         self._period = -1.0  # its start, as the ledger told it
-        self._period_until = math.inf  # when it ends
+        self._period_until = math.inf  # when it ends, at the earliest ...
+        self._renewed_at = math.inf  # ... and at the latest
         self._held = 0.0  # dollars of this process, as the ledger has it
         self._spent = 0.0  # not reported yet
         self._reported = 0.0  # by the request that is under way
@@ -250,8 +251,8 @@ class LeasedBudget(LedgerLease):
     def _resets_in(self, now: float) -> float | None:
         if self.budget.per is None:
             return None
-        if now < self._period_until < math.inf:
-            return self._period_until - now
+        if now < self._renewed_at < math.inf:
+            return self._renewed_at - now
         wall = clock.wall_time()
         return (period_end(self.budget.per, period_start(self.budget.per, wall)) or wall) - wall
 
@@ -375,7 +376,8 @@ class LeasedBudget(LedgerLease):
         if budget.period != self._period:
             self._begin_period(budget.period)
             expected = 0.0
-        self._period_until = math.inf if budget.ends_in is None else self._sent_at + budget.ends_in
+        ends_in = math.inf if budget.ends_in is None else budget.ends_in
+        self._period_until, self._renewed_at = self._sent_at + ends_in, now + ends_in
         if request.budget is not None and request.budget.important:
             self._kept += max(0.0, min(budget.held, request.budget.needed) - max(0.0, expected))
         self._held = budget.held
