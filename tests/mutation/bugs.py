@@ -258,12 +258,20 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares
+from forebay.upstream.shared import (
+    budget_shares,
+    ledger,
+    limit_learning,
+    observed_learning,
+    quota_shares,
+    rate_shares,
+)
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.ledger_state import LedgerState
+from forebay.upstream.shared.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LimitRequest
+from forebay.upstream.shared.rate_messages import RateRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---
@@ -4050,6 +4058,26 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
         limit_learning.report_limit(state, msgspec.structs.replace(asked, epoch=state.limit_epoch))
 
     vars(ledger)["report_limit"] = report
+
+
+def the_use_of_other_processes_passes_for_a_wrong_count() -> None:
+    def correct(state: LedgerState, member: MemberState, request: ExchangeRequest) -> None:
+        observed = tuple(
+            each
+            if each.seen is None
+            else msgspec.structs.replace(each, seen=msgspec.structs.replace(each.seen, counted=math.inf))
+            for each in request.observed
+        )
+        observed_learning.correct_observed(state, member, msgspec.structs.replace(request, observed=observed))
+
+    vars(ledger)["correct_observed"] = correct
+
+
+def a_rate_is_learned_again_from_the_same_refusals() -> None:
+    def report(state: LedgerState, member: MemberState, asked: RateRequest, *, knows: bool) -> None:
+        rate_shares.report_rate(state, member, msgspec.structs.replace(asked, epoch=state.rate_epoch), knows=knows)
+
+    vars(ledger)["report_rate"] = report
 
 
 # --- progress ---

@@ -186,7 +186,13 @@ from tests.unit.upstream.accounts.refusals import (
 from tests.unit.upstream.fallbacks import test_fallback_chain, test_reroute
 from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
-from tests.unit.upstream.shared import test_lease, test_ledger, test_limit_learning
+from tests.unit.upstream.shared import (
+    test_lease,
+    test_ledger,
+    test_limit_learning,
+    test_observed_learning,
+    test_rate_shares,
+)
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
@@ -1670,6 +1676,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     # --- shared accounts ---
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
+    ),
+    bugs.the_use_of_other_processes_passes_for_a_wrong_count: (
+        test_observed_learning.test_the_use_of_another_process_that_a_header_has_not_counted_corrects_nothing
+    ),
+    bugs.a_rate_is_learned_again_from_the_same_refusals: (
+        test_rate_shares.test_of_two_that_learn_from_the_same_refusals_the_first_one_counts
     ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (
