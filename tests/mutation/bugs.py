@@ -271,7 +271,16 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import budget_shares, ledger, limit_learning, quota_shares, redis_store, stoppages
+from forebay.upstream.shared import (
+    budget_shares,
+    ledger,
+    limit_learning,
+    observed_learning,
+    quota_shares,
+    rate_shares,
+    redis_store,
+    stoppages,
+)
 from forebay.upstream.shared.account_lease import AccountLease
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
@@ -286,6 +295,7 @@ from forebay.upstream.shared.messages import (
     LimitRequest,
     SlotRequest,
 )
+from forebay.upstream.shared.rate_messages import RateRequest
 from forebay.upstream.shared.stoppage_messages import StoppageRequest
 from forebay.upstream.upstream_settings import UpstreamSettings
 
@@ -4277,6 +4287,26 @@ def a_call_waits_for_a_quota_that_other_processes_have_used() -> None:
 
 def a_quota_that_must_be_leased_first_counts_as_used_up() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=0.0)
+
+
+def the_use_of_other_processes_passes_for_a_wrong_count() -> None:
+    def correct(state: LedgerState, member: MemberState, request: ExchangeRequest) -> None:
+        observed = tuple(
+            each
+            if each.seen is None
+            else msgspec.structs.replace(each, seen=msgspec.structs.replace(each.seen, counted=math.inf))
+            for each in request.observed
+        )
+        observed_learning.correct_observed(state, member, msgspec.structs.replace(request, observed=observed))
+
+    vars(ledger)["correct_observed"] = correct
+
+
+def a_rate_is_learned_again_from_the_same_refusals() -> None:
+    def report(state: LedgerState, member: MemberState, asked: RateRequest, *, knows: bool) -> None:
+        rate_shares.report_rate(state, member, msgspec.structs.replace(asked, epoch=state.rate_epoch), knows=knows)
+
+    vars(ledger)["report_rate"] = report
 
 
 # --- progress ---

@@ -203,6 +203,8 @@ from tests.unit.upstream.shared import (
     test_ledger,
     test_ledger_layout,
     test_limit_learning,
+    test_observed_learning,
+    test_rate_shares,
     test_stoppages,
 )
 
@@ -1773,6 +1775,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.each_process_probes_for_itself_on_redis: (
         test_ledger_store.test_calls_that_one_process_stops_are_stopped_for_all_and_one_of_them_probes
+    ),
+    bugs.the_use_of_other_processes_passes_for_a_wrong_count: (
+        test_observed_learning.test_the_use_of_another_process_that_a_header_has_not_counted_corrects_nothing
+    ),
+    bugs.a_rate_is_learned_again_from_the_same_refusals: (
+        test_rate_shares.test_of_two_that_learn_from_the_same_refusals_the_first_one_counts
     ),
     # --- progress ---
     bugs.progress_wakes_the_loop_though_nobody_listens: (

@@ -173,6 +173,13 @@ class Account:
 
     # --- a call arrives ---
 
+    def _note_arrival(self, now: float, request: CallRequest) -> None:
+        request.asked_at = min(request.asked_at, now)
+        if self._lease is not None:
+            self._lease.called_at = now
+        if self.places.kept:
+            self.places.drop(request)  # it is back
+
     def try_acquire(self, now: float, request: CallRequest) -> Admitted | Queued | Rejected:
         """Admit a call, or return how long it would wait, or why it is rejected.
 
@@ -181,11 +188,7 @@ class Account:
         self._confirm_accepted(now)
         if self._untaken:
             self._release_lost(now)
-        request.asked_at = min(request.asked_at, now)
-        if self._lease is not None:
-            self._lease.called_at = now
-        if self.places.kept:
-            self.places.drop(request)  # it is back
+        self._note_arrival(now, request)
         at_once = (
             not self.queue.length
             and self._has_slot(now)

@@ -157,9 +157,9 @@ class RefusalCause:
         """True once a learned rate was disproved."""
         return self._enough == _ENOUGH_DISPROVED
 
-    def adopt(self, now: float, score: float, *, is_disproved: bool) -> None:
-        """Take over the evidence that another process has found."""
-        if score > self._score:  # what speaks against a rate is seen by each process itself
+    def adopt(self, now: float, score: float, *, is_disproved: bool, chance: bool) -> None:
+        """Take over the evidence for a rate that another process has found; against one only if its trial says so."""
+        if chance or score > self._score:
             self._score, self._limit_at = score, now
         self._enough = _ENOUGH_DISPROVED if is_disproved else _ENOUGH
 

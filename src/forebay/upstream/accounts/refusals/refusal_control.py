@@ -19,8 +19,8 @@ _MIN_PENALTY: Final = 1.0  # seconds of a block from which it may be a penalty
 _SURE: Final = 3  # trials, one after the other, that found a limit: each more lets a further row go untried ...
 _MAX_UNTRIED: Final = 7  # ... up to so many, if a measured rate explains them
 _LONG_RETRY_AFTER: Final = 3.0  # seconds from which one is believed where too few calls come for a trial
-_SOLE_TRIAL: Final = 2.5  # seconds for which only one of the processes that share an account tries ...
-_SOLE_TRIAL_MEASURED: Final = 10.0  # ... if a measured rate explains the refusals
+_SOLE_TRIAL: Final = 10.0  # seconds for which one of the processes that share an account tries, if a rate is measured
+_SURELY_MORE: Final = 1.5  # times the calls in flight that were accepted, from which a refused call had more of them
 _GAP: Final = 3.0  # calls at the learned rate that the first silence leaves out
 
 
@@ -67,14 +67,13 @@ class RefusalControl:
         if shared.limits > self._limits:
             self._untried = 0
         self._limits = shared.limits
-        self._cause.adopt(now, shared.score, is_disproved=shared.is_disproved)
+        chance = not shared.limits and shared.score < 0.0
+        self._cause.adopt(now, shared.score, is_disproved=shared.is_disproved, chance=chance)
 
     @property
     def wanted_trial(self) -> float:
         """The seconds for which this process would try, alone of all, why calls are refused; 0 if it would not."""
-        if self._trial_asked is None:
-            return 0.0
-        return _SOLE_TRIAL_MEASURED if self.rate.measured else _SOLE_TRIAL
+        return 0.0 if self._trial_asked is None else _SOLE_TRIAL
 
     def answer_trial(self, now: float, elsewhere: float) -> None:
         """Begin the trial that was wanted, unless another process tries for `elsewhere` seconds."""
@@ -197,8 +196,9 @@ class RefusalControl:
         above, begins = in_flight > self._cause.peak, not self._pause.blocked
         late = now >= sent_at + RIGHT_AFTER
         verdict = self._trial.record_refused(sent_at)
-        # How many calls other processes have in flight is not known well.
-        says_nothing = self.rate.rising or not begins or (self.rate.measured and self.rate.share < 1.0)
+        says_nothing = self.rate.rising or not begins
+        if self.rate.share < 1.0:  # how many calls other processes have in flight is not known well
+            says_nothing = says_nothing or self.rate.measured or in_flight <= _SURELY_MORE * self._cause.peak
         more = self._cause.record_refused(now, sent_at, in_flight, rising=says_nothing, paused=self._pause.silent)
         if begins:
             self._more, self._judged = more, False
@@ -228,7 +228,7 @@ class RefusalControl:
             return False
         if self.rate.measured and self._untried <= min(_MAX_UNTRIED, self._limits - _SURE):
             return False
-        if self.rate.share < 1.0 and not self._trial.is_open(now):
+        if self.rate.share < 1.0 and self.rate.measured and not self._trial.is_open(now):
             self._trial_asked = sent_at if self._trial_asked is None else self._trial_asked
         else:
             self._trial.begin(now, sent_at, self.rate.recent(now))
@@ -240,11 +240,13 @@ class RefusalControl:
             self._cause.record_limit(now)
         self._judged = True
         self._limits, self._untried = self._limits + 1, 0
+        self.rate.version += 1  # other processes need not try
 
     def _record_chance(self) -> None:
         """Note that no load of ours is the cause of a refusal."""
         self._pause.end()
         self._limits = self._untried = 0
+        self.rate.version += 1
         if not self.rate.measured:
             self._cause.record_chance()
             if self.rate.known and not self._cause.is_rate(measured=False):
