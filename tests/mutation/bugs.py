@@ -4024,7 +4024,7 @@ def a_reload_is_an_error_for_callers_until_all_processes_have_made_it() -> None:
 
 
 def a_reload_does_not_ask_whether_all_workers_can_make_it() -> None:
-    original = worker_reload.ask_worker
+    original = vars(worker_reload)["ask_worker"]
 
     def ask(*arguments: Any, **how: Any) -> bytes | None:
         answer = original(*arguments, **how)

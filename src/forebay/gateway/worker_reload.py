@@ -120,7 +120,7 @@ class WorkerReload:
 
     @property
     def handlers(self) -> Mapping[str, MessageHandler]:
-        """What answers the messages of a reload."""
+        """The handlers of the messages of a reload, by kind."""
         return {_PREPARE: self._answer_prepare, _COMMIT: self._answer_commit, _FORGET: self._answer_forget}
 
     async def catch_up(self) -> None:

@@ -142,7 +142,7 @@ class LedgerLease(ABC):
         return now < max(self._settling_until, self.link.settling_until)
 
     def change_terms(self, now: float, terms: LedgerTerms) -> None:
-        """Have other settings. They hold once all processes have them; until then calls wait, but not for ever."""
+        """Have other settings. They hold once all processes have them; until then calls wait a while."""
         if terms != self.terms:
             self.terms = terms
             self._settling_until = now + SETTLING
