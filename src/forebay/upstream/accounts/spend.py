@@ -291,6 +291,8 @@ class UpstreamBudgets:
     def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> UpstreamBudget:
         """Return a budget that begins with what the spend log has of it, or one that is leased from its ledger.
 
+        A ledger that is new begins with what the spend log has, too.
+
         Args:
             name: in messages.
             budget: the amount and its period.
@@ -299,12 +301,12 @@ class UpstreamBudgets:
         """
         place = AlertPlace(self._name, setting, subject)
         on_alert = functools.partial(self._alert, name, budget, place)
+        now = clock.wall_time()
+        spent = 0.0 if self._spend_log is None else self._spend_log.spent(place, budget.per, now)
         if self._link is not None:
-            return self._lease(self._link, name, budget, setting, subject, on_alert=on_alert)
+            return self._lease(self._link, name, budget, setting, subject, on_alert=on_alert, spent=spent)
         made = SharedBudget(name, budget, on_alert=on_alert)
         if self._spend_log is not None:
-            now = clock.wall_time()
-            spent = self._spend_log.spent(place, budget.per, now)
             made.restore(now, spent, alerted=self._spend_log.alerted(place, period_start(budget.per, now)))
         return made
 
@@ -315,10 +317,12 @@ class UpstreamBudgets:
         budget: Budget,
         *place: str,
         on_alert: Callable[[float, float], None] | None = None,
+        spent: float = 0.0,
     ) -> LeasedBudget:
         key = ledger_key(place[0], self._name, *filter(None, place[1:]))
         kept = _KEEP_TASK if place[0] == "task_budget" else None
-        lease = link.lease(key, lambda: LeasedBudget(link, key, name, budget, forget_after=kept, on_alert=on_alert))
+        make = functools.partial(LeasedBudget, link, key, name, budget, spent=spent)
+        lease = link.lease(key, functools.partial(make, forget_after=kept, on_alert=on_alert))
         assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
         return lease
 
