@@ -102,6 +102,17 @@ async def test_what_a_key_has_spent_is_known_after_all_gateways_were_restarted(
     assert served == [200] * 4 + [402] * 2
 
 
+async def test_what_a_target_had_spent_before_a_store_was_shared_stays_spent(
+    harness: GatewayHarness, store: str, tmp_path: Path
+) -> None:
+    log = {"spend_log": f"sqlite:///{tmp_path}/spend.db"}
+    how: dict[str, Any] = {"prices": PRICES, "share_keys": True, "budget_usd": 2.0}
+    async with Gateway(harness.settings(gateway=log, **how)) as alone:
+        assert await statuses(harness, [alone], 3, headers=IMPATIENT) == [200] * 3
+    async with Gateway(harness.settings(gateway={**log, "shared": store}, **how)) as sharing:
+        assert await statuses(harness, [sharing], 3, headers=IMPATIENT) == [200, 402, 402]
+
+
 async def test_what_a_key_had_spent_before_a_store_was_shared_stays_spent(
     harness: GatewayHarness, keys: IssuedKeys, store: str, tmp_path: Path
 ) -> None:

@@ -110,7 +110,7 @@ async def test_a_worker_that_was_away_serves_by_the_settings_of_the_reload(
             assert [first.client_timeout, second.client_timeout] == [8.0, 8.0]
 
 
-async def test_a_worker_that_gets_settings_that_it_has_not_prepared_reads_them(
+async def test_a_worker_that_is_to_serve_by_settings_that_it_has_not_prepared_reads_them(
     harness: GatewayHarness, tmp_path: Path
 ) -> None:
     async with two_workers(harness, tmp_path) as workers:

@@ -154,7 +154,7 @@ def test_workers_end_with_their_parent(provider: str, tmp_path: Path) -> None:
         workers = running.workers()
         running.process.kill()
         until(lambda: not any(runs(pid) for pid in workers), "the workers end", within=PATIENCE)
-        assert not list(tmp_path.glob("forebay-gateway-workers-*"))
+        assert not list(tmp_path.glob("forebay-workers-*"))
 
 
 def test_workers_share_one_budget(provider: str, tmp_path: Path) -> None:

@@ -16,21 +16,40 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Final, TypeAlias
 
+from forebay.errors import StoreUnavailable
 from forebay.events import log
 
 MessageHandler: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 """Returns the answer to the body of a message."""
 
+_PREFIX: Final = "forebay-workers-"
+_MAX_PATH: Final = 94  # bytes: with the name of a socket less than the 104 of macOS
 _MAX_KIND: Final = 64  # bytes
 _CHUNK: Final = 1 << 16  # bytes
 _BACKLOG: Final = 128
 
 
 def make_worker_directory() -> Path:
-    """Make the private directory of a gateway's processes, and return it."""
+    """Make the private directory of a gateway's processes, in ``$XDG_RUNTIME_DIR`` or that for temporary files.
+
+    Raises:
+        StoreUnavailable: it cannot be made, or has too long a path for a socket.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    base = runtime if os.path.isabs(runtime) and Path(runtime).is_dir() else None  # noqa: PTH117 - a relative one is ignored
-    return Path(tempfile.mkdtemp(prefix="forebay-gateway-workers-", dir=base))
+    bases = [runtime] if os.path.isabs(runtime) and Path(runtime).is_dir() else []  # noqa: PTH117 - as the XDG says
+    why = ""
+    for base in (*bases, None):
+        try:
+            made = tempfile.mkdtemp(prefix=_PREFIX, dir=base)
+        except OSError as error:
+            why = f"it cannot be made: {error.strerror or error}"
+            continue
+        if len(os.fsencode(made)) <= _MAX_PATH:
+            return Path(made)
+        Path(made).rmdir()
+        why = f"its path is too long for a Unix socket: over {_MAX_PATH} bytes"
+    advice = "Set TMPDIR to a directory with a short path that can be written."
+    raise StoreUnavailable(where="the directory of the gateway's workers", why=why, advice=advice)
 
 
 def remove_if_last(directory: Path) -> None:

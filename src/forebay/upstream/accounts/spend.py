@@ -314,6 +314,8 @@ class UpstreamBudgets:
     def _new_budget(self, name: str, budget: Budget, setting: str, subject: str = "") -> UpstreamBudget:
         """Return a budget that begins with what the spend log has of it, or one that is leased from its ledger.
 
+        A ledger that is new begins with what the spend log has, too.
+
         Args:
             name: in messages.
             budget: the amount and its period.
