@@ -16,10 +16,10 @@ from forebay.errors import CallMisused, InvalidSetting
 from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 
 
-def shared_account(upstream: Upstream) -> SharedAccount:
+def shared_account(upstream: Upstream) -> ThreadSafeAccount:
     return upstream.core.accounts.account("")
 
 

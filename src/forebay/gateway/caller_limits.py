@@ -27,8 +27,8 @@ from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, Permit
 
 _NO_LIMIT: Final = 1_000_000  # calls in progress: more than a gateway has connections
@@ -209,7 +209,7 @@ class CallerLimits:
             made.restore(now, self._spent(budget.per, now), alerted=0.0)
         return made
 
-    def _open(self) -> SharedAccount:
+    def _open(self) -> ThreadSafeAccount:
         quotas, buckets, max_wait = self._quotas, self._buckets, self._max_wait
 
         def open_account() -> Account:
@@ -223,7 +223,7 @@ class CallerLimits:
                 draw=clock.draw,
             )
 
-        return SharedAccount(
+        return ThreadSafeAccount(
             open_account,
             upstream=self.title,
             retries=AccountRetries(Retry(), draw=clock.draw),  # nothing is retried here
@@ -240,7 +240,7 @@ class CallerPermit(NamedTuple):
         permit: of that account; None if there was nothing to take.
     """
 
-    account: SharedAccount
+    account: ThreadSafeAccount
     permit: Permit | None
 
     def settle(self, used: Charge | None) -> None:
