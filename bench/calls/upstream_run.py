@@ -17,7 +17,7 @@ from forebay.simulation import Traffic, simulate
 from forebay.simulation.provider.provider_config import ProviderConfig
 from forebay.simulation.provider.simulated_provider import AnswerCut, ProviderRefusal, SimulatedProvider
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.failed_attempts import judge_error_answer
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
@@ -30,7 +30,7 @@ EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate
 
 
 async def send_call(
-    provider: SimulatedProvider, account: SharedAccount, permit: Permit, tokens: tuple[int, int]
+    provider: SimulatedProvider, account: ThreadSafeAccount, permit: Permit, tokens: tuple[int, int]
 ) -> AttemptResult:
     """Send one call of `tokens` of input and output; return its result, judged as by a bound client."""
     input_tokens, output_tokens = tokens

@@ -20,7 +20,7 @@ from forebay.supervisor.pool import Pool
 from forebay.supervisor.start_gate import StartGate
 from forebay.supervisor.ticket import Ticket
 from forebay.supervisor.worker import WorkerAgent
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 
 MINUTES: Final = 13.0
 FROM: Final = 3.0  # minutes
@@ -29,7 +29,7 @@ WITHIN: Final = 120.0  # seconds to the deadline of a run
 _CALLS, _SMALL, _SHARE_LARGE = 3, 1000, 0.2  # calls of a run; tokens of a small call; share of large runs
 _may_start_next: Final = StartGate.may_start_next
 _free_worker: Final = AdmissionController._free_worker  # noqa: SLF001 - what is compared is inside
-_may_start: Final = SharedAccount.may_start
+_may_start: Final = ThreadSafeAccount.may_start
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Reading:
         finally:
             self._next = None
 
-    def may_start(self, account: SharedAccount, priority: Priority) -> bool:
+    def may_start(self, account: ThreadSafeAccount, priority: Priority) -> bool:
         """Ask the account with the run's own call as the typical one."""
         if self._next is None:
             return _may_start(account, priority)
@@ -92,13 +92,13 @@ def _reading() -> Iterator[None]:
     def free_worker(admission: AdmissionController, ticket: Ticket, pool: Pool) -> WorkerAgent | None:
         return reading.free_worker(admission, ticket, pool)
 
-    def may_start(account: SharedAccount, priority: Priority) -> bool:
+    def may_start(account: ThreadSafeAccount, priority: Priority) -> bool:
         return reading.may_start(account, priority)
 
     with (
         patch.object(StartGate, "may_start_next", may_start_next),
         patch.object(AdmissionController, "_free_worker", free_worker),
-        patch.object(SharedAccount, "may_start", may_start),
+        patch.object(ThreadSafeAccount, "may_start", may_start),
     ):
         yield
 

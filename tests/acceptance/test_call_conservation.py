@@ -28,7 +28,7 @@ from forebay.retry import Retry
 from forebay.simulation import simulate, virtual_loop
 from forebay.testing import EventRecord
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 
@@ -223,7 +223,9 @@ class Calls:
             finally:
                 shared.settle(permit, CallOutcome(kind=Outcome.SUCCESS, used=charge, latency=2 * call.seconds))
 
-    def _result(self, shared: SharedAccount, permit: Permit, charge: Charge, end: str, *, open_: bool) -> AttemptResult:
+    def _result(
+        self, shared: ThreadSafeAccount, permit: Permit, charge: Charge, end: str, *, open_: bool
+    ) -> AttemptResult:
         headers = (RateLimitHeaders(unit="requests", limit=50, remaining=10, reset=3.0),)
         failures = {
             "rate": CallOutcome(

@@ -13,10 +13,10 @@ from forebay import Priority
 from forebay.errors import InvalidSetting
 from forebay.quota import Quota
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 
 
-def shared_account(upstream: Upstream) -> SharedAccount:
+def shared_account(upstream: Upstream) -> ThreadSafeAccount:
     return upstream.core.accounts.account("")
 
 

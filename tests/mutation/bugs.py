@@ -241,10 +241,10 @@ from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check,
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import LoggedBudget, SharedBudget
 from forebay.upstream.accounts.spend_recorder import RecordedCall, SpendRecorder
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.timeout_evidence import TimeoutEvidence, TimeoutVerdict
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.accounts.waiters import Waiter
@@ -337,13 +337,13 @@ def an_account_sends_one_call_more_than_its_limit() -> None:
 
 
 def an_attempt_that_is_cancelled_keeps_its_permit() -> None:
-    original = SharedAccount.settle
+    original = ThreadSafeAccount.settle
 
-    def settle(self: SharedAccount, permit: Permit, outcome: CallOutcome) -> None:
+    def settle(self: ThreadSafeAccount, permit: Permit, outcome: CallOutcome) -> None:
         if outcome is not call_flow._CANCELLED:
             original(self, permit, outcome)
 
-    replace(SharedAccount, original, settle)
+    replace(ThreadSafeAccount, original, settle)
 
 
 def a_permit_granted_to_a_caller_who_has_gone_is_kept() -> None:
@@ -1376,7 +1376,7 @@ def a_throttled_call_goes_to_a_busier_account() -> None:
 
 
 def a_forked_child_inherits_the_calls_of_its_parent() -> None:
-    always(SharedAccount, SharedAccount.reset_after_fork, returns=None)
+    always(ThreadSafeAccount, ThreadSafeAccount.reset_after_fork, returns=None)
 
 
 # --- accounts that processes share ---
@@ -1515,13 +1515,13 @@ def a_learned_rate_is_believed_however_far_it_falls() -> None:
 
 
 def a_call_that_is_rejected_earns_retries() -> None:
-    original = SharedAccount._overloaded
+    original = ThreadSafeAccount._overloaded
 
-    def _overloaded(self: SharedAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+    def _overloaded(self: ThreadSafeAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
         self.retries.record_first_attempt()
         return original(self, rejected, sole_account=sole_account)
 
-    replace(SharedAccount, original, _overloaded)
+    replace(ThreadSafeAccount, original, _overloaded)
 
 
 def a_learned_rate_that_falls_is_never_checked() -> None:
@@ -1664,7 +1664,7 @@ def a_retry_loses_its_place_in_its_backoff() -> None:
 
 
 def the_place_of_a_call_that_left_is_kept() -> None:
-    always(SharedAccount, SharedAccount.drop_place, returns=None)
+    always(ThreadSafeAccount, ThreadSafeAccount.drop_place, returns=None)
 
 
 def of_two_retries_the_one_with_the_earlier_deadline_goes_first() -> None:
@@ -1681,7 +1681,7 @@ def retries_that_help_use_up_the_budget_for_failures() -> None:
 
 
 def a_call_that_is_refused_for_a_quota_loses_its_place() -> None:
-    always(SharedAccount, SharedAccount.quota_wait, returns=0.0)
+    always(ThreadSafeAccount, ThreadSafeAccount.quota_wait, returns=0.0)
 
 
 def a_call_that_is_not_retried_is_tried() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from tests.support.supervisor_checks import fail_if_any
 
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudget
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 
 _ROUNDING = 1e-9  # dollars
 
@@ -36,7 +36,7 @@ def check_upstream(upstream: Upstream) -> None:
         )
 
 
-def _held(shared: SharedAccount) -> Iterator[str]:
+def _held(shared: ThreadSafeAccount) -> Iterator[str]:
     account = shared.account
     if account.in_flight:
         yield f"{shared.name} counts {account.in_flight} calls in flight"

@@ -30,8 +30,8 @@ from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import SharedBudget, UpstreamBudget
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, Permit
 from forebay.upstream.shared.account_lease import AccountLease
 
@@ -237,7 +237,7 @@ class CallerLimits:
             leased.append(bucket)
         return leased
 
-    def _open(self) -> SharedAccount:
+    def _open(self) -> ThreadSafeAccount:
         quotas, max_wait = self._quotas, self._max_wait
         lease = None if self._ledgers is None else self._ledgers.account(self.name, quotas, self._slots.n)
         if lease is not None:
@@ -256,7 +256,7 @@ class CallerLimits:
                 draw=clock.draw,
             )
 
-        return SharedAccount(
+        return ThreadSafeAccount(
             open_account,
             upstream=self.title,
             retries=AccountRetries(Retry(), draw=clock.draw),  # nothing is retried here
@@ -275,7 +275,7 @@ class CallerPermit(NamedTuple):
         permit: of that account; None if there was nothing to take.
     """
 
-    account: SharedAccount
+    account: ThreadSafeAccount
     permit: Permit | None
 
     def settle(self, used: Charge | None) -> None:

@@ -10,7 +10,8 @@
 5. ``UpstreamCore.request`` (`core.py`): adds priority, deadline and tenant of the running task, and the expected cost.
 6. ``CallRunner.run`` (`call_flow.py`): drives the flow on the event loop.
 7. ``call_flow`` (`call_flow.py`): decides over retry and fallback.
-8. ``SharedAccount.acquire`` (`accounts/shared_account.py`): returns a permit, or waits for it in the call queue.
+8. ``ThreadSafeAccount.acquire`` (`accounts/thread_safe_account.py`): returns a permit, or waits for it in the call
+   queue.
 9. ``Account.try_acquire`` (`accounts/account.py`): decides over slot, quotas, money and breaker.
 10. ``AsyncTransport._send`` (`httpx_binding/httpx_transport.py`): sends one attempt.
 11. The client's own transport: writes to the socket.
@@ -28,7 +29,8 @@ The steps after an attempt, for example one that the provider answered with 429 
 6. ``RefusalControl.record_refused`` (`accounts/refusals/refusal_control.py`): pauses the account's calls, for a 429.
 7. ``Sleep`` (`call_flow.py`): waits outside of the call queue, for Retry-After or a backoff.
 8. ``AccountRetries.request_retry`` (`accounts/account_retries.py`): asks the retry budget for throttled calls.
-9. ``SharedAccount.acquire`` (`accounts/shared_account.py`): asks for a permit again, at the head of its priority.
+9. ``ThreadSafeAccount.acquire`` (`accounts/thread_safe_account.py`): asks for a permit again, at the head of its
+   priority.
 
 Where step 4 gives up, or step 9 rejects the retry, the next account of the ``FallbackChain`` is tried, if there is one.
 """

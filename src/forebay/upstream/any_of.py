@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from forebay._fork import reset_in_child
 from forebay.task import Priority
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 
 
 class AnyOf:
@@ -22,14 +22,14 @@ class AnyOf:
             runs move with them.
     """
 
-    def __init__(self, name: str, find: Callable[[], Sequence[SharedAccount]]) -> None:
+    def __init__(self, name: str, find: Callable[[], Sequence[ThreadSafeAccount]]) -> None:
         self.name = name
         self._find = find
         self._lock = threading.RLock()
         self._expected = 0
         self._held: dict[object, tuple[int, Priority]] = {}
         self._relief: dict[object, Callable[[], None]] = {}
-        self._registered: list[SharedAccount] = []  # the accounts that count the expected and held-back runs
+        self._registered: list[ThreadSafeAccount] = []  # the accounts that count the expected and held-back runs
         reset_in_child(self)
 
     def reset_after_fork(self) -> None:
@@ -39,7 +39,7 @@ class AnyOf:
         self._held, self._relief, self._registered = {}, {}, []
 
     @property
-    def accounts(self) -> Sequence[SharedAccount]:
+    def accounts(self) -> Sequence[ThreadSafeAccount]:
         """See `forebay.interfaces.LoadSource`."""
         return self._members()
 
@@ -100,18 +100,18 @@ class AnyOf:
             self._held.pop(holder, None)
             self._members()
 
-    def _members(self) -> Sequence[SharedAccount]:
+    def _members(self) -> Sequence[ThreadSafeAccount]:
         """Return the accounts, after moving the expected and held-back runs to them."""
         members = self._find()
         with self._lock:
-            wanted: Sequence[SharedAccount] = members if self._expected or self._held else ()
+            wanted: Sequence[ThreadSafeAccount] = members if self._expected or self._held else ()
             for account in [account for account in self._registered if account not in wanted]:
                 self._unregister(account)
             for account in [account for account in wanted if account not in self._registered]:
                 self._register(account)
         return members
 
-    def _register(self, account: SharedAccount) -> None:
+    def _register(self, account: ThreadSafeAccount) -> None:
         self._registered.append(account)
         account.add_expected_calls(self._expected)
         for holder, (runs, priority) in self._held.items():
@@ -119,7 +119,7 @@ class AnyOf:
         for holder, callback in self._relief.items():
             account.on_relief((self, holder), callback)
 
-    def _unregister(self, account: SharedAccount) -> None:
+    def _unregister(self, account: ThreadSafeAccount) -> None:
         self._registered.remove(account)
         account.add_expected_calls(-self._expected)
         for holder in {**self._held, **self._relief}:

@@ -28,8 +28,8 @@ class UpstreamCall:
     """One call through an upstream, as an async or a plain context manager.
 
     Leaving the block is a success. Leaving it by an exception that reports an answer counts as that answer (429 as
-    throttled, 400 as the caller's mistake), by a timeout as `SharedAccount.judge_timeout` says, and by any other as a
-    fault, unless `overloaded` or `ignored` was called. A cancellation says nothing about the upstream.
+    throttled, 400 as the caller's mistake), by a timeout as `ThreadSafeAccount.judge_timeout` says, and by any other as
+    a fault, unless `overloaded` or `ignored` was called. A cancellation says nothing about the upstream.
 
     Attributes:
         upstream: the upstream to send the call to; inside the block it may be that of a fallback.

@@ -24,7 +24,7 @@ from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
 from forebay.quota.prices import is_price_list_loaded
 from forebay.retry import RetryPermission, RetryState
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, CallRequest, Permit
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback_chain import CallRoute, FallbackChain, make_chain
@@ -49,7 +49,7 @@ class Acquire(msgspec.Struct, frozen=True):
             and the reply is None. None: it waits for its permit.
     """
 
-    account: SharedAccount
+    account: ThreadSafeAccount
     request: CallRequest
     sole_account: bool
     leave: Callable[[float], bool] | None = None
@@ -70,7 +70,7 @@ class Send(msgspec.Struct, frozen=True):
 class Release(msgspec.Struct, frozen=True):
     """Close a permit, which returns the reserved amounts that were not used. There is no reply."""
 
-    account: SharedAccount
+    account: ThreadSafeAccount
     permit: Permit
     outcome: CallOutcome
 

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from forebay import clock
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.quota import BilledUsage
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 from forebay.upstream.call_request import TOKENS_PER_SECOND, Caller, CallOutcome, CallPrice, Permit
 from forebay.upstream.core import UpstreamCore
@@ -50,7 +50,7 @@ class CallMeter:
     def __init__(
         self,
         core: UpstreamCore,
-        account: SharedAccount,
+        account: ThreadSafeAccount,
         parsed: ProviderRequest,
         body: bytes,
         caller: Caller | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from forebay.interfaces import LoadSource
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback_routes import FallbackResolver
@@ -35,7 +35,7 @@ class DeclaredUpstream(AnyOf):
         """Return whether `source`, which a run has called, belongs to the declared upstream and model."""
         return source.accounts[0] in self._core.accounts.accounts_of(self._model)
 
-    def _open_accounts(self) -> Sequence[SharedAccount]:
+    def _open_accounts(self) -> Sequence[ThreadSafeAccount]:
         found = dict.fromkeys(self._core.accounts.accounts_of(self._model))
         for route in self._resolver.routes(self._model):
             found |= dict.fromkeys(route.core.accounts.accounts_of(route.model))

@@ -7,7 +7,7 @@ from typing import Final
 from forebay import clock
 from forebay.errors import InvalidAmount, InvalidSetting
 from forebay.interfaces import Charge, Outcome
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import AttemptResult, CallOutcome, Permit
 from forebay.upstream.providers import (
     ErrorKind,
@@ -25,7 +25,7 @@ _SUSPENSION: Final = 60.0  # seconds without calls after the provider reported t
 _MAX_SUSPENSION: Final = 3_600.0  # seconds, whatever its Retry-After: money can be paid in at any time
 
 
-def judge_exception(account: SharedAccount, permit: Permit, error: Exception) -> AttemptResult:
+def judge_exception(account: ThreadSafeAccount, permit: Permit, error: Exception) -> AttemptResult:
     """Return the result of an attempt that raised an exception, for callers whose HTTP messages are not seen here.
 
     An exception that reports an answer, as those of SDKs do, counts as that answer (429, 400, 500 ...).
@@ -41,7 +41,7 @@ def judge_exception(account: SharedAccount, permit: Permit, error: Exception) ->
     return result
 
 
-def judge_failure(account: SharedAccount, permit: Permit, error: Exception) -> AttemptResult:
+def judge_failure(account: ThreadSafeAccount, permit: Permit, error: Exception) -> AttemptResult:
     """Return the result of an attempt that was sent, and failed without an answer.
 
     A caller's own timeout counts against the provider only if its silence is unusual. It is retried once at most, and
@@ -68,7 +68,7 @@ def judge_unsent(error: Exception, *, local: bool = False) -> AttemptResult:
 
 
 def judge_error_answer(
-    account: SharedAccount, permit: Permit, kind: ErrorKind, answer: ErrorAnswer, *, can_resend: bool = True
+    account: ThreadSafeAccount, permit: Permit, kind: ErrorKind, answer: ErrorAnswer, *, can_resend: bool = True
 ) -> AttemptResult:
     """Return the result of an attempt that was answered with an error, by the kind's rule (`classify.py`).
 

@@ -8,7 +8,7 @@ from forebay import clock
 from forebay._json import JsonStruct
 from forebay.call_usage import CallUsage
 from forebay.quota import QuotaLevel
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.usage_table import UsageRow
 
@@ -97,7 +97,7 @@ def snapshot(core: UpstreamCore) -> UpstreamStatistics:
     )
 
 
-def _account_statistics(shared: SharedAccount, now: float) -> AccountStatistics:
+def _account_statistics(shared: ThreadSafeAccount, now: float) -> AccountStatistics:
     account = shared.account
     load, limited_by = shared.load()
     return AccountStatistics(

@@ -17,8 +17,8 @@ from forebay.retry import Retry
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.guarded_limit import guarded_limit
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.providers.credentials import digest_credential
 from forebay.upstream.shared.account_lease import AccountLease
@@ -77,22 +77,22 @@ class AccountRegistry:
         self._recorder = recorder
         self._draw = draw
         self._link = link
-        self._accounts: WeakLRU[tuple[str, str], SharedAccount] = WeakLRU(
+        self._accounts: WeakLRU[tuple[str, str], ThreadSafeAccount] = WeakLRU(
             _CACHED, expendable=lambda _, account: account.is_expendable()
         )
         self._levels: WeakLRU[tuple[str, str], _QuotaLevels] = WeakLRU(
             _MAX_LEVELS, expendable=self._is_expendable, overflow=lambda _: _SHARED
         )
-        self._shared: dict[str, SharedAccount] = {}  # by model group: of keys beyond `_MAX_LEVELS`
-        self._unopened: dict[str, SharedAccount] = {}  # by model group: how an account would look at its first call
+        self._shared: dict[str, ThreadSafeAccount] = {}  # by model group: of keys beyond `_MAX_LEVELS`
+        self._unopened: dict[str, ThreadSafeAccount] = {}  # by model group: how an account would look at its first call
         self._suspended_until: dict[str, float] = {}  # by digest of an API key whose money is spent
         self._known: dict[tuple[str, str], tuple[str, str]] = {}  # so that calls need not hash and match patterns
         self._limit_place: tuple[str, str] | None = None  # the account that has the limit that was given as an object
 
-    def __iter__(self) -> Iterator[SharedAccount]:
+    def __iter__(self) -> Iterator[ThreadSafeAccount]:
         return iter(dict.fromkeys(self._accounts.values()))  # a shared one has several keys
 
-    def account(self, model: str, key: str = "") -> SharedAccount:
+    def account(self, model: str, key: str = "") -> ThreadSafeAccount:
         """Return the account of `model` under an API key, as a header has it, of which only a digest is kept.
 
         Raises:
@@ -144,7 +144,7 @@ class AccountRegistry:
             and old.settings.is_like(self.settings)
         )
 
-    def accounts_of(self, model: str) -> Sequence[SharedAccount]:
+    def accounts_of(self, model: str) -> Sequence[ThreadSafeAccount]:
         """Return the open accounts of `model`, or of all models if it is empty; if there are none, an unopened one."""
         group = self.settings.model_group(model) if model else ""
         found = [account for (_, other), account in self._accounts.items() if other == group or not model]
@@ -160,11 +160,11 @@ class AccountRegistry:
         for account in (*self._accounts.values(), *self._shared.values(), *self._unopened.values()):
             account.reset_after_fork()
 
-    def _accounts_of_key(self, mark: str) -> Sequence[SharedAccount]:
+    def _accounts_of_key(self, mark: str) -> Sequence[ThreadSafeAccount]:
         """Return the open accounts of an API key, given its digest."""
         return [account for (other, _), account in self._accounts.items() if other == mark]
 
-    def _suspend_key(self, mark: str, seconds: float, since: float, account: SharedAccount) -> None:
+    def _suspend_key(self, mark: str, seconds: float, since: float, account: ThreadSafeAccount) -> None:
         """Suspend all accounts of an API key: a provider has told one of them that the key's money is spent."""
         now, suspended = clock.now(), self._suspended_until
         if len(suspended) >= _KNOWN:
@@ -175,7 +175,7 @@ class AccountRegistry:
         for each in {account, *self._accounts_of_key(mark)}:
             each.suspend_alone(seconds, since=since)
 
-    def _continue_suspension(self, mark: str, account: SharedAccount) -> None:
+    def _continue_suspension(self, mark: str, account: ThreadSafeAccount) -> None:
         """Suspend an account that is opened while its API key is suspended."""
         seconds = self._suspended_until.get(mark, 0.0) - clock.now()
         if seconds > 0.0:
@@ -188,7 +188,7 @@ class AccountRegistry:
         self._known[model, key] = place
         return place
 
-    def _open(self, place: tuple[str, str]) -> SharedAccount:
+    def _open(self, place: tuple[str, str]) -> ThreadSafeAccount:
         lease = self._lease(place)
         levels = self._levels.get(place, self._new_levels) if self._quotas(place) and lease is None else None
         if levels is _SHARED:
@@ -204,7 +204,7 @@ class AccountRegistry:
             self._limit_place = place
         return account
 
-    def _shared_account(self, group: str) -> SharedAccount:
+    def _shared_account(self, group: str) -> ThreadSafeAccount:
         """Return the account that the keys beyond the bound of the table share."""
         if group not in self._shared:
             log.warning(
@@ -254,7 +254,7 @@ class AccountRegistry:
 
     def _make(
         self, place: tuple[str, str], levels: _QuotaLevels | None = None, lease: AccountLease | None = None
-    ) -> SharedAccount:
+    ) -> ThreadSafeAccount:
         mark, group = place
         settings = self.settings
         recorder = self.budgets.recorder(settings.label_of(mark))
@@ -282,7 +282,7 @@ class AccountRegistry:
                 record=None if recorder is None else recorder.begin,
             )
 
-        return SharedAccount(
+        return ThreadSafeAccount(
             open_account,
             upstream=settings.name,
             retries=AccountRetries(self._retry, draw=self._draw),

@@ -11,7 +11,7 @@ import msgspec
 from forebay import clock, context
 from forebay.errors import Overloaded
 from forebay.interfaces import Outcome
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.call_request import AttemptResult, CallRequest
 from forebay.upstream.core import UpstreamCore
@@ -28,7 +28,7 @@ class CallRoute(Protocol):
         """The upstream that the account belongs to."""
 
     @property
-    def account(self) -> SharedAccount:
+    def account(self) -> ThreadSafeAccount:
         """The account."""
 
     @property
@@ -91,7 +91,7 @@ class PlainRoute:
     def __init__(
         self,
         upstream: FallbackTarget,
-        account: SharedAccount,
+        account: ThreadSafeAccount,
         call_request: CallRequest,
         request_at: Callable[[UpstreamCore, str], CallRequest] | None = None,
     ) -> None:
@@ -138,7 +138,7 @@ class PlainRoute:
 
 
 _STRANGER: Final = "it serves calls whose own key was accepted before, and this one's was not yet"
-_Other: TypeAlias = tuple[FallbackRoute, SharedAccount]
+_Other: TypeAlias = tuple[FallbackRoute, ThreadSafeAccount]
 
 
 def _is_less_loaded(other: _Other, load: float) -> bool:
@@ -172,7 +172,7 @@ class FallbackChain(Generic[RouteT]):
     def __init__(  # noqa: PLR0913 - what it chooses among, and how
         self,
         own: RouteT,
-        others: Sequence[tuple[FallbackRoute, SharedAccount]],
+        others: Sequence[tuple[FallbackRoute, ThreadSafeAccount]],
         any_of: AnyOf,
         *,
         own_weight: float = 1.0,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.any_of import AnyOf
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.even_draws import EvenDraws
@@ -66,7 +66,7 @@ class FallbackRoute(msgspec.Struct, frozen=True, kw_only=True, eq=False):
             return {"x-api-key": self.api_key}
         return {"authorization": f"Bearer {self.api_key}"}
 
-    def account(self, own_key: str) -> SharedAccount:
+    def account(self, own_key: str) -> ThreadSafeAccount:
         """Return the account, for a call with the API key `own_key`."""
         key = next(iter(self.auth_headers(own_key).values()), "") if self.other_upstream else own_key
         return self.core.accounts.account(self.model, key)
@@ -161,15 +161,15 @@ class FallbackResolver:
         self.drawn = drawn
         self.draw = EvenDraws()
         self._routes = functools.lru_cache(_CACHED)(functools.partial(_find_routes, upstream, tuple(peers)))
-        self._any_of: WeakLRU[tuple[SharedAccount, ...], AnyOf] = WeakLRU(_CACHED)
+        self._any_of: WeakLRU[tuple[ThreadSafeAccount, ...], AnyOf] = WeakLRU(_CACHED)
 
     def routes(self, model: str) -> tuple[FallbackRoute, ...]:
         """Return the routes by which a call of `model` can fall back, in order."""
         return self._routes(model)
 
     def accounts(
-        self, own: SharedAccount, routes: Iterable[FallbackRoute], key: str = ""
-    ) -> list[tuple[FallbackRoute, SharedAccount]]:
+        self, own: ThreadSafeAccount, routes: Iterable[FallbackRoute], key: str = ""
+    ) -> list[tuple[FallbackRoute, ThreadSafeAccount]]:
         """Return the routes to other accounts than the call's own, one for each, with the account.
 
         Args:
@@ -177,14 +177,14 @@ class FallbackResolver:
             routes: in order.
             key: the API key of the call.
         """
-        found: dict[SharedAccount, FallbackRoute] = {}
+        found: dict[ThreadSafeAccount, FallbackRoute] = {}
         for route in routes:
             account = route.account(key)
             if account is not own:
                 found.setdefault(account, route)
         return [(route, account) for account, route in found.items()]
 
-    def any_of(self, accounts: Sequence[SharedAccount]) -> AnyOf:
+    def any_of(self, accounts: Sequence[ThreadSafeAccount]) -> AnyOf:
         """Return the load source of these accounts, the call's own first: always the same one, as runs keep it."""
         name = " or ".join(account.name for account in accounts)
         return self._any_of.get(tuple(accounts), lambda members: AnyOf(name, lambda: members))

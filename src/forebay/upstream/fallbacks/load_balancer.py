@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final, Generic, TypeVar
 
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallRequest, Prospect
 from forebay.upstream.fallbacks.fallback_routes import FallbackRoute
 
@@ -62,7 +62,7 @@ class Peer(Generic[RouteT]):
 
     __slots__ = ("account", "other", "ready_at", "route", "visits", "weight")
 
-    def __init__(self, other: FallbackRoute | None, account: SharedAccount, weight: float) -> None:
+    def __init__(self, other: FallbackRoute | None, account: ThreadSafeAccount, weight: float) -> None:
         self.other = other
         self.account = account
         self.weight = weight
@@ -117,7 +117,7 @@ class LoadBalancer(Generic[RouteT]):
             self._open.remove(peer)
 
     def load(self) -> float:
-        """Return the load of the least loaded account for the call, see `SharedAccount.load_for`."""
+        """Return the load of the least loaded account for the call, see `ThreadSafeAccount.load_for`."""
         return min((peer.account.load_for(self._request) for peer in self._open), default=math.inf)
 
     def leave_failed(self, now: float, peer: Peer[RouteT], delay: float) -> bool:

@@ -19,8 +19,8 @@ from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_registry import AccountRegistry
 from forebay.upstream.accounts.call_queue import CallQueue, QueuedCall
 from forebay.upstream.accounts.fair_order import FairOrder
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import Admitted, CallOutcome, CallRequest, Permit, Queued, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -644,7 +644,7 @@ def test_limits_that_are_given_hold_for_all_models_together(settings: dict[str, 
     assert registry.account("gpt-4o") is registry.account("gpt-4o-mini") is registry.account("")
 
 
-def take_one(account: SharedAccount) -> Permit:
+def take_one(account: ThreadSafeAccount) -> Permit:
     return account.acquire_blocking(CallRequest(charge=Charge()))
 
 

@@ -16,8 +16,8 @@ from forebay.task import Priority
 from forebay.testing import virtual
 from forebay.upstream.accounts import account_registry, spend
 from forebay.upstream.accounts.account_registry import AccountRegistry
-from forebay.upstream.accounts.shared_account import SharedAccount
 from forebay.upstream.accounts.spend import UpstreamBudgets
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import CallOutcome, CallRequest, Rejected
 from forebay.upstream.upstream_settings import UpstreamSettings
@@ -122,7 +122,7 @@ def registry_of(*quotas: Quota) -> AccountRegistry:
     )
 
 
-def use(account: SharedAccount) -> None:
+def use(account: ThreadSafeAccount) -> None:
     """Make a call that the provider answers with an error (404, 401)."""
     permit = account._try_acquire(CallRequest(), _no_waiter, sole_account=True)
     assert not isinstance(permit, tuple)
@@ -133,7 +133,7 @@ def _no_waiter(*_: object) -> Any:
     raise AssertionError("the call should not wait")
 
 
-def may_call(account: SharedAccount) -> bool:
+def may_call(account: ThreadSafeAccount) -> bool:
     return not account.account.quotas.wait(clock.now(), Charge()).seconds
 
 

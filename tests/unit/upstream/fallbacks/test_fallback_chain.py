@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forebay import Fallback, Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallRequest
 from forebay.upstream.core import UpstreamCore
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute, make_chain
@@ -29,7 +29,7 @@ def test_a_throttled_call_skips_its_retry_if_the_next_account_is_less_loaded(
     llm = Upstream("llm", fallback=Fallback(to=spare, load_threshold=0.5))
     route = PlainRoute(llm, llm.core.accounts.account("m"), CallRequest(model="m"), request_at)
     loads = {"upstream:llm:m": 0.0, "upstream:spare:m": 0.0}
-    monkeypatch.setattr(SharedAccount, "load_for", lambda self, _=None: loads[self.name])
+    monkeypatch.setattr(ThreadSafeAccount, "load_for", lambda self, _=None: loads[self.name])
     chain = make_chain(route, llm.runner.resolver)
     assert chain is not None
     assert chain.next() is route

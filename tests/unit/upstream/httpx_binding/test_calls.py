@@ -38,7 +38,7 @@ from forebay.quota import Budget, Price, Quota
 from forebay.retry import Retry
 from forebay.testing import run_ready
 from forebay.upstream import Upstream
-from forebay.upstream.accounts.shared_account import SharedAccount
+from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.token_estimates import TokenEstimates
 
 SPENT = Reply(status=429, body=[b'{"error": {"message": "You exceeded your quota.", "code": "insufficient_quota"}}'])
@@ -49,7 +49,7 @@ def upstream(**how: Any) -> Upstream:
     return Upstream("key", **{"provider": "openai", **how})
 
 
-def only_account(up: Upstream) -> SharedAccount:
+def only_account(up: Upstream) -> ThreadSafeAccount:
     (shared,) = up.core.accounts
     return shared
 

@@ -1,4 +1,4 @@
-"""A shared account: where calls get their permits and return them, from any event loop and any thread."""
+"""A thread-safe account: where calls get their permits and return them, from any event loop and any thread."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _GAIN: Final = 0.05  # weight of the newest call in the typical one
 _START_SHARE: Final = 0.25  # of a typical call: the expected wait up to which another run may start
 
 
-class SharedAccount:
+class ThreadSafeAccount:
     """One account with its lock, its waiting callers, and the runs that watch its load. It is a `LoadSource`.
 
     Args:
@@ -72,7 +72,7 @@ class SharedAccount:
         *,
         upstream: str,
         retries: AccountRetries,
-        suspend_key: Callable[[float, float, SharedAccount], None],
+        suspend_key: Callable[[float, float, ThreadSafeAccount], None],
         max_start_wait: float | None,
         recorder: UsageRecorder | None = None,
         key: str = "",
@@ -123,7 +123,7 @@ class SharedAccount:
         self._critical.clear()
         self._on_relief.clear()
 
-    def move(self, suspend_key: Callable[[float, float, SharedAccount], None], retry: Retry) -> None:
+    def move(self, suspend_key: Callable[[float, float, ThreadSafeAccount], None], retry: Retry) -> None:
         """Belong to another registry from now on. See `__init__` and `AccountRetries`."""
         self._suspend_key = suspend_key
         self.retries.retry = retry
@@ -428,7 +428,7 @@ class SharedAccount:
     # --- load, for the task plane ---
 
     @property
-    def accounts(self) -> Sequence[SharedAccount]:
+    def accounts(self) -> Sequence[ThreadSafeAccount]:
         """See `forebay.interfaces.LoadSource`."""
         return (self,)
 
