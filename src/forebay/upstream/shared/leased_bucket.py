@@ -230,7 +230,7 @@ class LeasedBucket(Bucket):
         self.asked = first = min(first, self.amount)
         chunk = min(_CHUNK * self.amount, max(self._pace * _CHUNK_TIME, waiting))
         if leaving or chunk < self._call or (not waiting and now - self._taken_at >= _IDLE):
-            chunk = 0.0  # less than a call needs would be missing elsewhere, and serve no call here
+            chunk = 0.0  # no call could use it here, and it would be missing elsewhere
         target = 0.0 if leaving else max(first, chunk)
         needed = self.held + first if first and not leaving else 0.0
         wanted = self.held + target
