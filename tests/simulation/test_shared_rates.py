@@ -174,6 +174,10 @@ def windows() -> Provider:
     return Provider(windows=True)
 
 
+def abrupt() -> Provider:
+    return Provider(windows=True, retry_after=False)
+
+
 def untold() -> Provider:
     return Provider(headers=False)
 
@@ -203,22 +207,23 @@ def test_limits_that_headers_show_are_used_by_several_processes_as_by_one(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
-def test_processes_that_share_nothing_are_refused_and_get_unequal_shares(seed: int) -> None:
-    fleet = run([CALLERS // 5] * 5, windows, seed=seed, is_shared=False)
-    assert fleet.share_refused >= 0.03
-    assert fleet.fairness <= 0.92
+def test_processes_that_share_nothing_are_refused_far_more_often(seed: int) -> None:
+    apart = run([CALLERS // 5] * 5, abrupt, seed=seed, is_shared=False, minutes=3.0)
+    together = run([CALLERS // 5] * 5, abrupt, seed=seed, minutes=3.0)
+    assert apart.share_refused >= 0.08
+    assert together.share_refused <= 0.03
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("provider", "minutes"), [(untold, 5.0), (silent, 10.0)])
-@pytest.mark.parametrize(("processes", "more_refused"), [(2, 0.04), (5, 0.06)])
+@pytest.mark.parametrize(("processes", "more_refused"), [(2, 0.06), (5, 0.12)])
 def test_a_rate_that_no_header_tells_is_used_by_several_processes_as_by_one(
     provider: Callable[[], Provider], minutes: float, processes: int, more_refused: float, seed: int
 ) -> None:
     one = alone(provider, seed, minutes)
     fleet = run([CALLERS // processes] * processes, provider, seed=seed, minutes=minutes)
-    assert fleet.goodput >= 0.95 * one.goodput
+    assert fleet.goodput >= 0.94 * one.goodput
     assert fleet.share_refused <= one.share_refused + more_refused
     assert fleet.fairness >= 0.95
 
