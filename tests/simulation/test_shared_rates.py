@@ -217,14 +217,14 @@ def test_processes_that_share_nothing_are_refused_far_more_often(seed: int) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize(("provider", "minutes"), [(untold, 5.0), (silent, 10.0)])
-@pytest.mark.parametrize(("processes", "more_refused"), [(2, 0.06), (5, 0.12)])
+@pytest.mark.parametrize("processes", [2, 5])
 def test_a_rate_that_no_header_tells_is_used_by_several_processes_as_by_one(
-    provider: Callable[[], Provider], minutes: float, processes: int, more_refused: float, seed: int
+    provider: Callable[[], Provider], minutes: float, processes: int, seed: int
 ) -> None:
     one = alone(provider, seed, minutes)
     fleet = run([CALLERS // processes] * processes, provider, seed=seed, minutes=minutes)
-    assert fleet.goodput >= 0.94 * one.goodput
-    assert fleet.share_refused <= one.share_refused + more_refused
+    assert fleet.goodput >= 0.97 * one.goodput
+    assert fleet.share_refused <= one.share_refused + 0.02
     assert fleet.fairness >= 0.95
 
 
