@@ -16,7 +16,7 @@ from forebay.quota.quota import PERIODS
 from forebay.quota.quota_doubt import QuotaDoubt
 
 _TOLERANCE: Final = 0.02  # of a period: error of a reset through rounding and the network
-_CLOCK_ERROR: Final = 0.1  # of a period, by which a reset may be longer: a busy server's Date is seconds old
+_CLOCK_ERROR: Final = 0.5  # of a period, by which a reset may be longer: a busy server's Date is many seconds old
 _MARGIN: Final = 0.01  # of a bucket that is never taken: estimates err, calls overtake. It costs no throughput
 _MAX_DEBT_SHARE: Final = 1.0  # of the limit: headers correct the rest, and one of them may be wrong
 _ROUNDING: Final = 1.0  # units: headers leave out the fraction of a bucket

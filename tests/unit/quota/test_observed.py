@@ -202,8 +202,8 @@ def test_a_bucket_that_holds_less_than_a_minutes_amount_is_not_taken_for_one_of_
 
 def test_resets_that_a_late_clock_makes_too_long_do_not_turn_a_minute_into_an_hour() -> None:
     limiter = RateLimiter()
-    for remaining in (1, 0, 0, 0):  # a Date header that is five seconds old
-        call(limiter, 0.1, requests_headers(limit=50, remaining=remaining, reset=64.9))
+    for remaining in (1, 0, 0, 0):  # a Date header that is ten seconds old
+        call(limiter, 0.1, requests_headers(limit=50, remaining=remaining, reset=69.9))
     assert [level.name for level in limiter.levels(0.1)] == ["requests per minute"]
 
 
