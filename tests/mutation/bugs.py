@@ -282,6 +282,7 @@ from forebay.upstream.shared import (
     stoppages,
 )
 from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.fault_row import FaultRow
 from forebay.upstream.shared.lease import LedgerLease
 from forebay.upstream.shared.leased_budget import LeasedBudget
 from forebay.upstream.shared.leased_stoppages import LeasedStoppages
@@ -4261,6 +4262,10 @@ def each_process_probes_for_itself() -> None:
 
 def each_process_probes_for_itself_on_redis() -> None:
     edit_redis_script("(asked.most_probes or 1) - elsewhere", "(asked.most_probes or 1)", of=redis_store)
+
+
+def a_process_with_a_broken_network_stops_all() -> None:
+    always(FaultRow, FaultRow.is_contradicted_by, returns=False)
 
 
 def each_process_on_redis_has_all_slots() -> None:

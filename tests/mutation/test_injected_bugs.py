@@ -198,6 +198,7 @@ from tests.unit.upstream.httpx_binding import test_calls
 from tests.unit.upstream.providers import test_credentials, test_endpoints, test_metering, test_rate_limit_headers
 from tests.unit.upstream.shared import (
     test_changed_terms,
+    test_fault_row,
     test_lease,
     test_leased_stoppages,
     test_ledger,
@@ -1772,6 +1773,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.each_process_probes_for_itself: (
         test_leased_stoppages.test_a_call_needs_a_probe_of_the_ledger_while_it_is_half_open
+    ),
+    bugs.a_process_with_a_broken_network_stops_all: (
+        test_fault_row.test_calls_of_others_that_succeed_since_the_row_began_contradict_it
     ),
     bugs.each_process_probes_for_itself_on_redis: (
         test_ledger_store.test_calls_that_one_process_stops_are_stopped_for_all_and_one_of_them_probes

@@ -304,3 +304,48 @@ def test_processes_that_are_not_called_any_more_leave_though_their_calls_are_sto
         return list(ledger.state.members)
 
     assert simulate(main, seed=6) == []
+
+
+class BrokenNetwork(Fleet):
+    """Processes of which process 0 alone never reaches the provider."""
+
+    async def call(self, process: int) -> None:
+        """See `Fleet`. The calls of process 0 fail."""
+        account = self.accounts[process]
+        try:
+            permit = await account.acquire(CallRequest())
+        except Overloaded as error:
+            self.rejected.append((self.now, process, error.limited_by))
+            return
+        sent_at, kind = self.now, Outcome.SUCCESS if process else Outcome.FAULT
+        await asyncio.sleep(0.05 + 0.1 * clock.draw())
+        account.settle(permit, CallOutcome(kind=kind))
+        self.sent.append((sent_at, process, kind))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_process_whose_own_network_is_broken_does_not_stop_the_calls_of_the_others(seed: int) -> None:
+    async def main() -> Fleet:
+        fleet = BrokenNetwork(3, failing)
+        await fleet.run(5.0, 30.0, processes=(0,))  # nobody knows yet that the calls of others would succeed
+        busy = asyncio.create_task(fleet.run(100.0, 30.0, processes=(0,)))
+        await fleet.run(100.0, 4.0, processes=(1, 2))
+        await busy
+        return fleet
+
+    fleet = simulate(main, seed=seed)
+    since = 40.0  # the first openings are over
+    assert not [reason for at, process, reason in fleet.rejected if at >= since and process]
+    assert min(fleet.count(since, 100.0, process=process) for process in (1, 2)) > 60
+
+
+def test_a_process_whose_calls_all_fail_stops_those_of_all_if_no_other_has_called() -> None:
+    async def main() -> Fleet:
+        fleet = BrokenNetwork(3, failing)
+        await fleet.run(4.0, 30.0, processes=(0,))
+        await fleet.run(4.5, 20.0, processes=(1, 2))
+        return fleet
+
+    fleet = simulate(main, seed=1)
+    assert fleet.stoppage("breaker").openings == 1
+    assert fleet.count(0.0, 4.5, process=1) + fleet.count(0.0, 4.5, process=2) == 0

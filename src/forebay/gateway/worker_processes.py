@@ -203,9 +203,7 @@ class WorkerProcesses:
         """Serve, as a worker that was forked."""
 
         def serve() -> int:
-            return self._serve(
-                self._socket, number, self._lifeline, lambda: os.write(self._ready_writer, bytes([number]))
-            )
+            return self._serve(self._socket, number, self._lifeline, lambda: announce_ready(self._ready_writer, number))
 
         self._run_child(serve)
 
@@ -227,6 +225,12 @@ class WorkerProcesses:
             log.exception("a process of the gateway ends by a bug")
         finally:
             _end_process(status)
+
+
+def announce_ready(writer: int, number: int) -> None:
+    """Tell the parent that a worker is ready. If the parent has died meanwhile, the worker's lifeline ends it."""
+    with suppress(BrokenPipeError):
+        os.write(writer, bytes([number]))
 
 
 def _end_process(status: int) -> NoReturn:

@@ -271,7 +271,8 @@ class AccountLease(LedgerLease):
             self._others = reply.limit.others
             retry_in = max(retry_in, reply.limit.silence)
         if request.stoppages is not None and reply.stoppages is not None:  # else there is nothing new
-            self._stoppages.receive(now, self.until, request.stoppages, reply.stoppages)
+            alone = self.members <= 1
+            self._stoppages.receive(now, self.until, request.stoppages, reply.stoppages, alone=alone)
         self._retry_at = now + retry_in
 
     def keep_unreported(self) -> None:

@@ -41,8 +41,15 @@ class CallStoppage(Protocol):
     def adopt(self, now: float, reply: StoppageReply) -> None:
         """Take over a state that is not its own."""
 
-    def refresh(self, now: float, reply: StoppageReply, *, passes: int) -> None:
-        """Take over what others have added to the state that all have; `passes`: own ones that it does not have yet."""
+    def refresh(self, now: float, reply: StoppageReply, *, passes: int, alone: bool) -> None:
+        """Take over what others have added to the state that all have.
+
+        Args:
+            now: the time.
+            reply: of the ledger.
+            passes: own ones that it does not have yet.
+            alone: no other process shares the account now.
+        """
 
     def note_elsewhere(self, now: float, until: float, reply: StoppageReply) -> None:
         """Take the probes of other processes into account, until `until`, and the calls that they have made."""

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from typing import Final
 
 from forebay.breaker import Breaker, BreakerRules, BreakerState
+from forebay.interfaces import Outcome
+from forebay.upstream.shared.fault_row import FaultRow
 from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
 
 _SUCCESSES: Final = 0.25  # seconds after which successes are reported, with the next exchange
+_YIELD: Final = 2.0  # seconds for which a process leaves the probes to others once its own calls have opened it
 
 
 class LeasedBreaker(Breaker):
     """The circuit breaker of an account in one of the processes that share it. It is a `CallStoppage`.
 
     It counts the calls of all processes and decides as a `Breaker` does. What it decides holds for all, and what
-    another process has decided first holds for this one.
+    another process has decided first holds for this one. The faults of some processes alone, which may have a network
+    of their own that is broken, do not open it while the calls of the others succeed.
 
     Args:
         rules: see `Breaker`; the same in all processes.
@@ -27,7 +31,18 @@ class LeasedBreaker(Breaker):
         passes: see `CallStoppage`.
     """
 
-    __slots__ = ("_elsewhere", "_elsewhere_until", "_told_at", "_told_calls", "_told_faults", "changes", "passes")
+    __slots__ = (
+        "_elsewhere",
+        "_elsewhere_until",
+        "_others",
+        "_own",
+        "_told_at",
+        "_told_calls",
+        "_told_faults",
+        "_yielded",
+        "changes",
+        "passes",
+    )
 
     def __init__(self, rules: BreakerRules, *, draw: Callable[[], float]) -> None:
         self.changes = self.passes = 0
@@ -35,6 +50,8 @@ class LeasedBreaker(Breaker):
         self._elsewhere_until = -math.inf  # ... which count until then
         self._told_calls = self._told_faults = 0  # of the window: reported to the others, or told by them
         self._told_at = -math.inf
+        self._own, self._others = FaultRow(), FaultRow()
+        self._yielded = 0.0  # seconds for which it is open here for longer than elsewhere
         super().__init__(rules, draw=draw)
         self.changes = 0
 
@@ -83,7 +100,9 @@ class LeasedBreaker(Breaker):
 
     def adopt(self, now: float, reply: StoppageReply) -> None:
         """See `CallStoppage`. Calls in flight do not count: they were sent before."""
+        self._yielded = 0.0
         if not reply.openings:
+            self._others.record_success(now)
             self._close()
             return
         self._enter(BreakerState.OPEN)
@@ -92,23 +111,49 @@ class LeasedBreaker(Breaker):
         self._until = now + reply.seconds
         self._passed = reply.passed
 
-    def refresh(self, now: float, reply: StoppageReply, *, passes: int) -> None:
+    def refresh(self, now: float, reply: StoppageReply, *, passes: int, alone: bool) -> None:
         """See `CallStoppage`."""
         if self._closed_epoch:
             return
-        self._passed = reply.passed + passes
-        if self._state is BreakerState.OPEN:  # a late probe of another process may have ended it
-            self._until = min(self._until, now + reply.seconds)
+        succeeds_elsewhere, self._passed = reply.passed + passes > self._passed, reply.passed + passes
+        if succeeds_elsewhere:
+            self._others.record_success(now)
+        if self._state is not BreakerState.OPEN:
+            return
+        if reply.accepted and not alone:  # its faults may be of this process alone: others probe first
+            self._yielded = _YIELD
+            self._until += _YIELD
+        # A late probe of another process may have ended it.
+        self._until = min(self._until, now + reply.seconds + self._yielded)
+        if succeeds_elsewhere:
+            self._until = max(self._until, now + self._yielded)
 
     def note_elsewhere(self, now: float, until: float, reply: StoppageReply) -> None:
         """See `CallStoppage`."""
         self._elsewhere, self._elsewhere_until = reply.elsewhere, until
+        if reply.faults:
+            self._others.record_fault(now)
+        elif reply.calls:
+            self._others.record_success(now)
         before = self._window.calls, self._window.faults
         if self._closed_epoch and self.add_evidence(now, reply.calls, reply.faults) is None:
             self._told_calls += self._window.calls - before[0]
             self._told_faults += self._window.faults - before[1]
 
     # --- see Breaker ---
+
+    def record(self, now: float, outcome: Outcome, epoch: int) -> BreakerState | None:
+        """See `Breaker`."""
+        if outcome is Outcome.SUCCESS:
+            self._own.end(now)
+        elif outcome is Outcome.FAULT and epoch:
+            self._own.record_fault(now)
+        return super().record(now, outcome, epoch)
+
+    def _is_triggered(self) -> bool:
+        if self._own.is_empty or self._own.is_contradicted_by(self._others):
+            return False  # a process whose own calls fail decides
+        return super()._is_triggered()
 
     def _may_probe(self, now: float) -> bool:
         elsewhere = self._elsewhere if now < self._elsewhere_until else 0
@@ -120,6 +165,7 @@ class LeasedBreaker(Breaker):
 
     def _open(self, now: float) -> BreakerState:
         self.changes += 1
+        self._yielded = 0.0
         return super()._open(now)
 
     def _close(self) -> None:

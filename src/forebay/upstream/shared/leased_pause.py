@@ -94,7 +94,7 @@ class LeasedPause(RefusalPause):
         self._round_at = now
         self._silent_until = now + reply.seconds
 
-    def refresh(self, now: float, reply: StoppageReply, *, passes: int) -> None:
+    def refresh(self, now: float, reply: StoppageReply, *, passes: int, alone: bool) -> None:
         """See `CallStoppage`."""
 
     def note_elsewhere(self, now: float, until: float, reply: StoppageReply) -> None:

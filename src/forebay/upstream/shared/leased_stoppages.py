@@ -49,12 +49,21 @@ class LeasedStoppages:
         return {kind: leased.report(now, waiting) for kind, leased in self._leased.items()}
 
     def receive(
-        self, now: float, until: float, requests: Mapping[str, StoppageRequest], replies: Mapping[str, StoppageReply]
+        self,
+        now: float,
+        until: float,
+        requests: Mapping[str, StoppageRequest],
+        replies: Mapping[str, StoppageReply],
+        *,
+        alone: bool = False,
     ) -> None:
-        """Take over what the others have found out, and what this process may do until `until`."""
+        """Take over what the others have found out, and what this process may do until `until`.
+
+        `alone`: no other process shares the account now.
+        """
         for kind, leased in self._leased.items():
             if kind in requests and kind in replies:  # else there is nothing new
-                leased.receive(now, until, requests[kind], replies[kind])
+                leased.receive(now, until, requests[kind], replies[kind], alone=alone)
 
     def keep_unreported(self) -> None:
         """Note that the latest request was not counted."""
@@ -106,13 +115,13 @@ class _LeasedStoppage:
         self._told_changes, self._told_passes = stoppage.changes, stoppage.passes
         return self._request
 
-    def receive(self, now: float, until: float, request: StoppageRequest, reply: StoppageReply) -> None:
+    def receive(self, now: float, until: float, request: StoppageRequest, reply: StoppageReply, *, alone: bool) -> None:
         stoppage = self.stoppage
         if reply.epoch != request.epoch + reply.accepted:  # another process was first
             stoppage.adopt(now, reply)
             self._told_changes, self._told_passes = stoppage.changes, stoppage.passes
         elif stoppage.changes == self._told_changes:
-            stoppage.refresh(now, reply, passes=stoppage.passes - self._told_passes)
+            stoppage.refresh(now, reply, passes=stoppage.passes - self._told_passes, alone=alone)
         if reply.epoch != self._epoch:
             self._quiet = StoppageRequest(epoch=reply.epoch)
         self._epoch, self._allowed = reply.epoch, reply.probes

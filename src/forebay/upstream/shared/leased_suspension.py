@@ -73,7 +73,7 @@ class LeasedSuspension(SpendSuspension):
             (same, size, doubted), told_at = reply.details, now - reply.age
             self._until_same, self._refused_size, self._doubted_at = told_at + same, int(size), told_at - doubted
 
-    def refresh(self, now: float, reply: StoppageReply, *, passes: int) -> None:
+    def refresh(self, now: float, reply: StoppageReply, *, passes: int, alone: bool) -> None:
         """See `CallStoppage`."""
 
     def note_elsewhere(self, now: float, until: float, reply: StoppageReply) -> None:

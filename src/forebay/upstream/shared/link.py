@@ -151,7 +151,7 @@ class LedgerLink:
             log.warning(
                 "the store of %r fails: %s. Processes that have used it keep their fair share of the account meanwhile",
                 self._name,
-                error,
+                str(error).rstrip("."),
             )
         self._error = error
         self._retry_at = now + self._retry_delay * (0.5 + 0.5 * clock.draw())
