@@ -97,6 +97,19 @@ async def test_a_file_with_a_mistake_changes_no_worker(harness: GatewayHarness, 
         assert [worker.client_timeout for worker in workers] == [300.0, 300.0]
 
 
+async def test_settings_that_cannot_be_noted_change_no_worker(
+    harness: GatewayHarness, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = harness.settings(gateway={"client_timeout": 7.0})
+    (tmp_path / "settings.new").mkdir()  # in the place of the file
+    async with two_workers(harness, tmp_path) as workers:
+        with caplog.at_level(logging.ERROR):
+            assert not await reload(tmp_path, lambda: settings)
+        assert [worker.client_timeout for worker in workers] == [300.0, 300.0]
+        assert [worker.reload._prepared for worker in workers] == [None, None]
+    assert "nothing is reloaded, and the old settings stay" in caplog.text
+
+
 async def test_a_worker_that_was_away_serves_by_the_settings_of_the_reload(
     harness: GatewayHarness, tmp_path: Path
 ) -> None:

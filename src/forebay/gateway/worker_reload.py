@@ -83,7 +83,12 @@ def reload_workers(directory: Path, count: int, load: Callable[[], tuple[Gateway
         _tell_all(directory, count, _FORGET)
         log.error("nothing is reloaded, and the old settings stay: %s", "; ".join(errors))
         return False
-    _write(directory, body)
+    try:
+        _write(directory, body)
+    except OSError as error:
+        _tell_all(directory, count, _FORGET)
+        log.error("nothing is reloaded, and the old settings stay: they cannot be noted for the workers: %s", error)
+        return False
     _tell_all(directory, count, _COMMIT)
     for each in kept:
         log.warning("reloaded, but %s", each)
