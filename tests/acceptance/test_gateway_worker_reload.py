@@ -13,7 +13,7 @@ import pytest
 from tests.support.gateway_harness import GatewayHarness
 
 from forebay.errors import InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings
+from forebay.gateway import GatewaySettings, TargetSettings, worker_reload
 from forebay.gateway.server import Gateway, keep_until_restart
 from forebay.gateway.worker_channel import WorkerChannel
 from forebay.gateway.worker_reload import WorkerReload, read_settings, reload_workers
@@ -95,6 +95,33 @@ async def test_a_file_with_a_mistake_changes_no_worker(harness: GatewayHarness, 
     async with two_workers(harness, tmp_path) as workers:
         assert not await reload(tmp_path, load)
         assert [worker.client_timeout for worker in workers] == [300.0, 300.0]
+
+
+async def test_settings_that_cannot_be_noted_change_no_worker(
+    harness: GatewayHarness, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = harness.settings(gateway={"client_timeout": 7.0})
+    (tmp_path / "settings.new").mkdir()  # in the place of the file
+    async with two_workers(harness, tmp_path) as workers:
+        with caplog.at_level(logging.ERROR):
+            assert not await reload(tmp_path, lambda: settings)
+        assert [worker.client_timeout for worker in workers] == [300.0, 300.0]
+        assert [worker.reload._prepared for worker in workers] == [None, None]
+    assert "nothing is reloaded, and the old settings stay" in caplog.text
+
+
+def test_no_worker_waits_for_one_that_hangs_before_it_serves_by_the_new_settings(
+    harness: GatewayHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def ask(_: Path, number: int, kind: str, *_body: bytes, **_within: float) -> bytes | None:
+        asked.append((kind, number))
+        return None if number == 0 else b"done"
+
+    monkeypatch.setattr(worker_reload, "ask_worker", ask)
+    assert reload_workers(tmp_path, 3, lambda: (harness.settings(), []))
+    assert asked[3:] == [("commit", 1), ("commit", 2), ("commit", 0)]
 
 
 async def test_a_worker_that_was_away_serves_by_the_settings_of_the_reload(

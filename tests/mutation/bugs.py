@@ -4096,6 +4096,15 @@ def a_reload_is_an_error_for_callers_until_all_processes_have_made_it() -> None:
     always(LedgerLease, LedgerLease._is_settling, returns=False)
 
 
+def a_reload_gives_the_new_limits_to_the_upstream_before_it_alone() -> None:
+    def adopt(self: UpstreamCore, old: UpstreamCore, *, accounts: bool) -> None:
+        old._replaced.clear()
+        original(self, old, accounts=accounts)
+
+    original = UpstreamCore.adopt
+    replace(UpstreamCore, original, adopt)
+
+
 def a_reload_does_not_ask_whether_all_workers_can_make_it() -> None:
     original = vars(worker_reload)["ask_worker"]
 

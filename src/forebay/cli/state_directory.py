@@ -15,6 +15,7 @@ import msgspec
 from forebay._validate import reject
 from forebay.errors import StoreUnavailable
 from forebay.gateway import GatewaySettings
+from forebay.gateway.worker_channel import keep_from_cleaning
 from forebay.spend_log import parse_spend_log
 
 _PREFIX, _SUFFIX = "gateway-", ".db"
@@ -72,6 +73,7 @@ def default_shared(settings: GatewaySettings, environment: Mapping[str, str]) ->
     runtime = environment.get("XDG_RUNTIME_DIR", "")
     base = runtime if os.path.isabs(runtime) and Path(runtime).is_dir() else None  # noqa: PTH117 - as above
     made = mkdtemp(prefix="forebay-gateway-", dir=base)  # not a TemporaryDirectory: a worker that ends would remove it
+    keep_from_cleaning(made)
     try:
         yield f"sqlite:///{quote(made)}/account.db?fsync=no"
     finally:

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -45,11 +46,20 @@ def make_worker_directory() -> Path:
             why = f"it cannot be made: {error.strerror or error}"
             continue
         if len(os.fsencode(made)) <= _MAX_PATH:
+            keep_from_cleaning(made)
             return Path(made)
         Path(made).rmdir()
         why = f"its path is too long for a Unix socket: over {_MAX_PATH} bytes"
     advice = "Set TMPDIR to a directory with a short path that can be written."
     raise StoreUnavailable(where="the directory of the gateway's workers", why=why, advice=advice)
+
+
+def keep_from_cleaning(directory: str) -> None:
+    """Lock a directory until this process and those that it has forked end: systemd-tmpfiles leaves it alone then."""
+    if sys.platform != "win32":
+        import fcntl  # noqa: PLC0415 - Windows has none
+
+        fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_if_last(directory: Path) -> None:
@@ -139,7 +149,14 @@ def socket_path(directory: Path, number: int) -> Path:
 
 
 def _listen(path: Path) -> socket.socket:
-    """Return a socket that listens at a path, in the place of one that nobody has any more."""
+    """Return a socket that listens at a path, in the place of one that nobody has any more.
+
+    Raises:
+        StoreUnavailable: its directory was removed.
+    """
+    if not path.parent.is_dir():
+        advice = "Start the gateway again; until then it goes on with the workers that it has."
+        raise StoreUnavailable(where=str(path.parent), why="this directory of the workers was removed", advice=advice)
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     try:

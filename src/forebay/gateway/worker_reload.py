@@ -79,19 +79,25 @@ def reload_workers(directory: Path, count: int, load: Callable[[], tuple[Gateway
     made = SettingsInForce(1 if before is None else before.generation + 1, settings)
     body = msgspec.msgpack.encode(made)
     answers = [ask_worker(directory, number, _PREPARE, body, within=_PREPARE_TIMEOUT) for number in range(count)]
+    numbers = sorted(range(count), key=lambda number: answers[number] is None)  # others do not wait for one that hangs
     if errors := dict.fromkeys(answer.decode() for answer in answers if answer not in (None, _DONE)):
-        _tell_all(directory, count, _FORGET)
+        _tell_all(directory, numbers, _FORGET)
         log.error("nothing is reloaded, and the old settings stay: %s", "; ".join(errors))
         return False
-    _write(directory, body)
-    _tell_all(directory, count, _COMMIT)
+    try:
+        _write(directory, body)
+    except OSError as error:
+        _tell_all(directory, numbers, _FORGET)
+        log.error("nothing is reloaded, and the old settings stay: they cannot be noted for the workers: %s", error)
+        return False
+    _tell_all(directory, numbers, _COMMIT)
     for each in kept:
         log.warning("reloaded, but %s", each)
     return True
 
 
-def _tell_all(directory: Path, count: int, kind: str) -> None:
-    for number in range(count):
+def _tell_all(directory: Path, numbers: Sequence[int], kind: str) -> None:
+    for number in numbers:
         ask_worker(directory, number, kind, within=_COMMIT_TIMEOUT)
 
 

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from weakref import WeakSet
 
 from forebay import clock, context
 from forebay._fork import is_child, reset_in_child
@@ -86,6 +87,7 @@ class UpstreamCore:
         self.is_metered = budgets.has_budgets or settings.has_quotas
         self._unpriced: set[str] = set()  # models, or reasons, that were warned about
         self._websocket_warned = False
+        self._replaced: WeakSet[UpstreamCore] = WeakSet()  # members of the same ledgers, as long as they have calls
         self._has_own_limits = link is None and (self.is_metered or settings.max_concurrent is not None)
         self._lock = threading.Lock()
         reset_in_child(self)
@@ -114,10 +116,12 @@ class UpstreamCore:
             accounts: its accounts too, if their limits are the same: it has the same provider and address.
         """
         if self.link is not None:  # the ledger knows what was spent, and this one is a new member of it
-            if old.link is not None:  # which goes on with its calls by these limits
-                self.link.settling_until = clock.now() + SETTLING
-                self.accounts.change_leases(old.accounts)
-                self.budgets.change_leases(old.budgets)
+            self._replaced.update(old._replaced)
+            self._replaced.add(old)
+            self.link.settling_until = clock.now() + SETTLING
+            for each in self._replaced:  # which go on with their calls by these limits
+                self.accounts.change_leases(each.accounts)
+                self.budgets.change_leases(each.budgets)
             self._adopt_answers(old, accounts=accounts)
             return
         had_budget = old.budgets.upstream_budget is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import tempfile
 from pathlib import Path
@@ -17,6 +18,22 @@ def test_only_this_user_can_open_the_directory(tmp_path: Path, monkeypatch: pyte
     made = make_worker_directory()
     assert made.parent == tmp_path
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+def test_what_cleans_temporary_files_leaves_the_directory_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")  # Windows has none, and no workers
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    cleaner = os.open(make_worker_directory(), os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(cleaner, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as systemd-tmpfiles does, which then skips it
+    os.close(cleaner)
+
+
+async def test_a_worker_whose_directory_was_removed_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StoreUnavailable, match=r"was removed.*Start the gateway again"):
+        await WorkerChannel(tmp_path / "removed", 0, 2).open({})
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

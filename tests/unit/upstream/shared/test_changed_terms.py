@@ -84,6 +84,20 @@ async def test_calls_in_progress_by_the_old_settings_count_for_the_new_limit() -
 
 
 @virtual
+async def test_calls_in_progress_since_before_the_last_two_reloads_keep_no_call_out() -> None:
+    store = MemoryLedgerStore()
+    first, second = old = upstream(store), upstream(store)
+    in_progress = [asyncio.create_task(call(each, 60.0)) for each in old]
+    await asyncio.sleep(0.5)
+    for requests, usd in ((600, 200.0), (300, 150.0)):
+        first = reload(first, upstream(store, requests=requests, usd=usd))
+        second = reload(second, upstream(store, requests=requests, usd=usd))
+        began = clock.now()
+        assert max(await asyncio.gather(call(first), call(second))) - began < 4.0
+    await asyncio.gather(*in_progress)
+
+
+@virtual
 async def test_a_process_that_never_gets_the_new_settings_is_an_error_that_names_both() -> None:
     store = MemoryLedgerStore()
     first, second = upstream(store), upstream(store)
