@@ -13,11 +13,12 @@ from forebay.errors import StoreUnavailable
 from forebay.gateway.worker_channel import WorkerChannel, make_worker_directory, remove_if_last, socket_path
 
 
-def test_only_this_user_can_open_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    made = make_worker_directory()
-    assert made.parent == tmp_path
-    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+def test_only_this_user_can_open_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as runtime:  # a short path, as a socket needs it
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        made = make_worker_directory()
+        assert made.parent == Path(runtime)
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
 def test_what_cleans_temporary_files_leaves_the_directory_alone(
