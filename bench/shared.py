@@ -75,6 +75,8 @@ def _rate(python: str, module: str, kind: str, url: str, processes: int) -> tupl
             calls, seconds = process.stdout.readline().split()
             count += float(calls)
             cpu += float(seconds)
+        for process in running:  # one that is killed leaves the next ones to wait for what it may have used
+            process.wait(timeout=30)
     return count / SECONDS, 1e6 * cpu / count
 
 
