@@ -19,8 +19,8 @@ from bench.accounts.paced_process import count_blocking_calls, count_calls
 from forebay import Quota, Upstream
 from forebay.interfaces import Charge, Outcome
 from forebay.upstream.call_request import CallOutcome
-from forebay.upstream.shared.messages import ExchangeRequest, LedgerTerms, QuotaRequest, QuotaTerms
-from forebay.upstream.shared.open_store import open_ledger_store
+from forebay.upstream.shared.ledger.messages import ExchangeRequest, LedgerTerms, QuotaRequest, QuotaTerms
+from forebay.upstream.shared.stores.open_store import open_ledger_store
 
 AMOUNT = 1_000_000_000  # requests a minute: never short
 CALLERS = 16

@@ -23,7 +23,7 @@ from forebay.upstream.failed_attempts import judge_error_answer
 from forebay.upstream.fallbacks.fallback_chain import PlainRoute
 from forebay.upstream.providers import Headers, classify, read_rate_limits
 from forebay.upstream.sdk_exceptions import ErrorAnswer
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.stores.store import LedgerStore
 
 MODEL: Final = "gpt-4o-mini"
 EXPECTED_OUTPUT: Final = 200  # tokens: the callers' estimate

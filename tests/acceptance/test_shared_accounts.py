@@ -11,8 +11,8 @@ from forebay import Budget, Overloaded, Price, Quota, Upstream
 from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
 from forebay.errors import InvalidSetting
 from forebay.events import BudgetAlert, Event
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.messages import LEASE
+from forebay.upstream.shared.ledger.messages import LEASE
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 
 @pytest.mark.parametrize(

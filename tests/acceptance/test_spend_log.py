@@ -24,7 +24,7 @@ from forebay.spend_log import SpendAmounts, SpendLabels, SpendLog, SpendQuery, r
 from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
 from forebay.storage import Fsync, Schema
 from forebay.storage.sqlite_file import open_file
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 PRICES = {"gpt-4o": Price(input=2.5, output=10.0)}  # dollars per million tokens
 OPENAI = "https://provider.test/v1"

@@ -15,8 +15,7 @@ import pytest
 from tests.support.redis_servers import redis_cluster, redis_server, shared
 
 from forebay.storage import parse_url
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.messages import (
     BudgetRequest,
     BudgetTerms,
     ExchangeRequest,
@@ -25,10 +24,11 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
-from forebay.upstream.shared.redis_store import RedisLedgerStore
-from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
-from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.ledger.stoppage_messages import StoppageReply, StoppageRequest
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.redis_store import RedisLedgerStore
+from forebay.upstream.shared.stores.sqlite_store import SqliteLedgerStore
+from forebay.upstream.shared.stores.store import LedgerStore
 
 TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 60.0, 3600.0),), max_concurrent=4, budget=BudgetTerms(10.0))
 

@@ -31,9 +31,9 @@ from tests.support.redis_servers import (
 from forebay import clock
 from forebay.errors import StoreUnavailable
 from forebay.storage import parse_url, redis_master
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.ledger_state import LAYOUT
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.ledger_state import LAYOUT
+from forebay.upstream.shared.ledger.messages import (
     BudgetRequest,
     BudgetTerms,
     ExchangeReply,
@@ -44,15 +44,15 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
-from forebay.upstream.shared.observed_messages import ObservedRemaining, ObservedRequest
-from forebay.upstream.shared.periods import period_start
-from forebay.upstream.shared.rate_messages import RateRequest, SharedRate, SharedRateCheck
-from forebay.upstream.shared.redis_store import RedisLedgerStore
-from forebay.upstream.shared.stoppage_messages import StoppageRequest
+from forebay.upstream.shared.ledger.observed_messages import ObservedRemaining, ObservedRequest
+from forebay.upstream.shared.ledger.periods import period_start
+from forebay.upstream.shared.ledger.rate_messages import RateRequest, SharedRate, SharedRateCheck
+from forebay.upstream.shared.ledger.stoppage_messages import StoppageRequest
+from forebay.upstream.shared.stores.redis_store import RedisLedgerStore
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
-SCRIPT: Final = files("forebay.upstream.shared").joinpath("redis_exchange.lua").read_text()
+SCRIPT: Final = files("forebay.upstream.shared.stores").joinpath("redis_exchange.lua").read_text()
 CLOCK: Final = "local time = redis.call('TIME')\n  return tonumber(time[1]) + tonumber(time[2]) / 1000000"
 START: Final = 1_751_327_990.0  # ten seconds before a month ends
 QUOTAS: Final = (QuotaTerms("requests", 64.0, 64.0), QuotaTerms("tokens", 8192.0, 64.0))

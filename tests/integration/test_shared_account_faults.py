@@ -24,7 +24,7 @@ from tests.support.counting_provider import CountingProvider, counting_provider
 from tests.support.redis_servers import missing, redis_server, until
 
 from forebay import Overloaded, clock
-from forebay.upstream.shared.messages import LEASE
+from forebay.upstream.shared.ledger.messages import LEASE
 
 ROOT: Final = Path(__file__).parents[2]
 CALLERS: Final = 8

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from forebay.upstream.shared.messages import BudgetRequest, BudgetTerms, ExchangeRequest, LedgerTerms, ledger_key
-from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
+from forebay.upstream.shared.ledger.messages import BudgetRequest, BudgetTerms, ExchangeRequest, LedgerTerms, ledger_key
+from forebay.upstream.shared.stores.sqlite_store import SqliteLedgerStore
 
 LIMIT = 4
 CALLERS = 4  # of each process

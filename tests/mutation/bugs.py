@@ -271,24 +271,23 @@ from forebay.upstream.providers import (
     rewrite,
 )
 from forebay.upstream.providers.content_encoding import _Inflater
-from forebay.upstream.shared import (
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.fault_row import FaultRow
+from forebay.upstream.shared.leases.lease import LedgerLease
+from forebay.upstream.shared.leases.leased_budget import LeasedBudget
+from forebay.upstream.shared.leases.leased_stoppages import LeasedStoppages
+from forebay.upstream.shared.ledger import (
     budget_shares,
     ledger,
     limit_learning,
     observed_learning,
     quota_shares,
     rate_shares,
-    redis_store,
     stoppages,
 )
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.fault_row import FaultRow
-from forebay.upstream.shared.lease import LedgerLease
-from forebay.upstream.shared.leased_budget import LeasedBudget
-from forebay.upstream.shared.leased_stoppages import LeasedStoppages
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.ledger_state import LedgerState, MemberState
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.ledger_state import LedgerState, MemberState
+from forebay.upstream.shared.ledger.messages import (
     BudgetRequest,
     BudgetTerms,
     ExchangeReply,
@@ -296,8 +295,9 @@ from forebay.upstream.shared.messages import (
     LimitRequest,
     SlotRequest,
 )
-from forebay.upstream.shared.rate_messages import RateRequest
-from forebay.upstream.shared.stoppage_messages import StoppageRequest
+from forebay.upstream.shared.ledger.rate_messages import RateRequest
+from forebay.upstream.shared.ledger.stoppage_messages import StoppageRequest
+from forebay.upstream.shared.stores import redis_store
 from forebay.upstream.upstream_settings import UpstreamSettings
 
 # --- slots and permits: each is given back exactly once, and there are no more than the limit ---

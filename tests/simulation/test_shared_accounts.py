@@ -12,8 +12,8 @@ from forebay import Budget, Overloaded, Price, Quota, Upstream, clock
 from forebay.errors import StoreUnavailable
 from forebay.simulation import simulate
 from forebay.simulation.loop.virtual_loop import virtual_loop
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.ledger.messages import LEASE, ExchangeReply, ExchangeRequest
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from forebay.interfaces import Outcome
 from forebay.limit import AimdLimit
 from forebay.simulation import simulate
 from forebay.upstream.call_request import CallOutcome, CallRequest
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 
 @pytest.mark.slow

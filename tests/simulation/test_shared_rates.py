@@ -17,7 +17,7 @@ from forebay.simulation import simulate
 from forebay.testing import now
 from forebay.upstream import HttpRequest, HttpResponse
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 LIMIT: Final = 240  # requests a minute
 CALLERS: Final = 60  # in all; each makes a call every 1.4 s, if it need not wait, which is ten times the limit

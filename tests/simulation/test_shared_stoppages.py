@@ -12,8 +12,8 @@ from forebay import Overloaded, Upstream, clock
 from forebay.interfaces import Outcome
 from forebay.simulation import simulate
 from forebay.upstream.call_request import CallOutcome, CallRequest
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.stoppage_state import StoppageState
+from forebay.upstream.shared.ledger.stoppage_state import StoppageState
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 FAILS = (20.0, 80.0)  # seconds from the start in which the provider fails
 REFUSES = (20.0, 90.0)  # seconds from the start from which it refuses calls, for 30 seconds each

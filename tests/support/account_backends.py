@@ -16,11 +16,11 @@ from forebay import Upstream, clock
 from forebay.storage import parse_url
 from forebay.storage.redis_master import RedisMaster
 from forebay.storage.redis_url import RedisUrl
-from forebay.upstream.shared import redis_store
-from forebay.upstream.shared.exchange_loop import ExchangeThread
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.redis_store import RedisLedgerStore
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.leases.exchange_loop import ExchangeThread
+from forebay.upstream.shared.stores import redis_store
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.redis_store import RedisLedgerStore
+from forebay.upstream.shared.stores.store import LedgerStore
 
 _TIME: Final = "redis.call('TIME')"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.messages import (
     BudgetRequest,
     BudgetTerms,
     ExchangeReply,
@@ -15,7 +15,7 @@ from forebay.upstream.shared.messages import (
     QuotaTerms,
     SlotRequest,
 )
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.stores.store import LedgerStore
 
 LEDGER_FIELDS: Final = (
     "epoch", "terms", "clock", "time", "levels", "members", "ended", "recovers_until", "period", "recovered",

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from forebay.quota import Budget, Quota
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.leased_budget import LeasedBudget
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.messages import LedgerTerms, QuotaTerms, ledger_key
-from forebay.upstream.shared.open_store import open_ledger_store
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.leased_budget import LeasedBudget
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.ledger.messages import LedgerTerms, QuotaTerms, ledger_key
+from forebay.upstream.shared.stores.open_store import open_ledger_store
 
 _PATIENCE: Final = 10.0  # seconds without a call after which a process leaves the ledgers of a caller: there are many
 

@@ -33,7 +33,7 @@ from forebay.upstream.accounts.account_retries import AccountRetries
 from forebay.upstream.accounts.spend import SharedBudget, UpstreamBudget
 from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, Permit
-from forebay.upstream.shared.account_lease import AccountLease
+from forebay.upstream.shared.leases.account_lease import AccountLease
 
 _NO_LIMIT: Final = 1_000_000  # calls in progress: more than a gateway has connections
 _NEVER_OPENS: Final = BreakerRules(triggers=())

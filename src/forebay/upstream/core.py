@@ -22,8 +22,8 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.call_request import UNBOUNDED, UNPRICED, UNREADABLE, Caller, CallPrice, CallRequest, Unmetered
 from forebay.upstream.providers import profile_for
-from forebay.upstream.shared.lease import SETTLING
-from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.leases.lease import SETTLING
+from forebay.upstream.shared.leases.link import LedgerLink
 from forebay.upstream.stored_responses import BackgroundResponse, StoredResponses
 from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings

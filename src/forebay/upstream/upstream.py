@@ -27,9 +27,9 @@ from forebay.upstream.guarded_function import guarded
 from forebay.upstream.http_call import HttpCall, HttpRequest, HttpResponse
 from forebay.upstream.httpx_binding import bind_client
 from forebay.upstream.provider_key_limits import ProviderKeyLimits
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.open_store import open_ledger_store
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.stores.open_store import open_ledger_store
+from forebay.upstream.shared.stores.store import LedgerStore
 from forebay.upstream.upstream_events import UpstreamEvents
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.upstream_statistics import UpstreamStatistics, snapshot

@@ -14,8 +14,8 @@ from forebay.gateway.caller_limits import CallerHold, CallerLimits
 from forebay.interfaces import Charge
 from forebay.task import Priority
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 
 def ledgers(store: MemoryLedgerStore) -> CallerLedgers:

@@ -40,12 +40,12 @@ from forebay.upstream.call_request import (
     SpendReservation,
     scale_charge,
 )
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.call_stoppage import CallStoppage
-from forebay.upstream.shared.lease import SHARED_ACCOUNT
-from forebay.upstream.shared.leased_breaker import LeasedBreaker
-from forebay.upstream.shared.leased_pause import LeasedPause
-from forebay.upstream.shared.leased_suspension import LeasedSuspension
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.call_stoppage import CallStoppage
+from forebay.upstream.shared.leases.lease import SHARED_ACCOUNT
+from forebay.upstream.shared.leases.leased_breaker import LeasedBreaker
+from forebay.upstream.shared.leases.leased_pause import LeasedPause
+from forebay.upstream.shared.leases.leased_suspension import LeasedSuspension
 
 _LOST_LOOK: Final = 1.0  # seconds until permits are looked for that nobody can take, while calls wait
 _QUEUE_BOUND: Final = 10_000  # calls that may wait, however short the expected wait is

@@ -21,10 +21,10 @@ from forebay.upstream.accounts.spend import UpstreamBudgets
 from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.accounts.usage_recorder import UsageRecorder
 from forebay.upstream.providers.credentials import digest_credential
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.leased_breaker import LeasedBreaker
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.messages import LedgerTerms, QuotaTerms, ledger_key
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.leased_breaker import LeasedBreaker
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.ledger.messages import LedgerTerms, QuotaTerms, ledger_key
 from forebay.upstream.upstream_settings import UpstreamSettings
 from forebay.upstream.weak_lru import WeakLRU
 

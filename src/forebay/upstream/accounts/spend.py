@@ -17,9 +17,9 @@ from forebay.task import Priority
 from forebay.upstream.accounts.budget_rejection import budget_rejection, describe_amount
 from forebay.upstream.accounts.spend_recorder import SpendRecorder
 from forebay.upstream.call_request import CallBudget, CallRequest, Rejected, SpendReservation
-from forebay.upstream.shared.leased_budget import LeasedBudget
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.messages import ledger_key
+from forebay.upstream.shared.leases.leased_budget import LeasedBudget
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.ledger.messages import ledger_key
 from forebay.upstream.weak_lru import WeakLRU
 
 _MAX_TENANTS: Final = 131_072  # budgets of tenants: of those that have spent none is forgotten in its period

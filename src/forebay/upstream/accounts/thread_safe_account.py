@@ -34,8 +34,8 @@ from forebay.upstream.call_request import (
     Prospect,
     Rejected,
 )
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.link import LedgerLink
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.link import LedgerLink
 
 WaiterT = TypeVar("WaiterT", bound=Waiter)
 

@@ -12,7 +12,7 @@ from forebay import Upstream
 from forebay.interfaces import Outcome
 from forebay.limit import FixedLimit, Grant, Limit
 from forebay.upstream.accounts.guarded_limit import GuardedLimit, guarded_limit
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 METHODS = ["observe", "limit", "reopens_at", "grant", "accepted", "learned_level", "highest_level", "adopt"]
 

@@ -8,8 +8,8 @@ import pytest
 from tests.support.task_plane import virtual
 
 from forebay import Budget, Overloaded, Price, Quota, Upstream, clock
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.store import LedgerStore
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.store import LedgerStore
 
 PRICES = {"m": Price(input=0, output=1e6)}  # a dollar for each token
 

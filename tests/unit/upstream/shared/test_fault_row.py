@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from forebay.upstream.shared.fault_row import FaultRow
+from forebay.upstream.shared.leases.fault_row import FaultRow
 
 
 def failed(*times: float) -> FaultRow:

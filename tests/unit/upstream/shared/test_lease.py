@@ -10,10 +10,10 @@ import pytest
 
 from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.call_request import CallRequest
-from forebay.upstream.shared.account_lease import AccountLease
-from forebay.upstream.shared.lease import LedgerLease
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms, QuotaTerms
+from forebay.upstream.shared.leases.account_lease import AccountLease
+from forebay.upstream.shared.leases.lease import LedgerLease
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms, QuotaTerms
 
 TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 600.0, 60.0),), max_concurrent=8)
 START = 1_767_225_600.0

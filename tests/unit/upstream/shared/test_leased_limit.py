@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from forebay.interfaces import Outcome
 from forebay.limit import AdaptiveLimit, AimdLimit, Grant
-from forebay.upstream.shared.leased_limit import LeasedLimit
-from forebay.upstream.shared.messages import LimitReply, LimitRequest
+from forebay.upstream.shared.leases.leased_limit import LeasedLimit
+from forebay.upstream.shared.ledger.messages import LimitReply, LimitRequest
 
 
 def leased(others: int = 0, *, initial_limit: int = 10) -> LeasedLimit:

@@ -12,12 +12,12 @@ from forebay.interfaces import Charge, Outcome
 from forebay.limit import Grant
 from forebay.quota import RateLimiter
 from forebay.upstream.call_request import CallRequest, Permit
-from forebay.upstream.shared.call_stoppage import CallStoppage
-from forebay.upstream.shared.leased_breaker import LeasedBreaker
-from forebay.upstream.shared.leased_pause import LeasedPause
-from forebay.upstream.shared.leased_stoppages import LeasedStoppages
-from forebay.upstream.shared.leased_suspension import LeasedSuspension
-from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
+from forebay.upstream.shared.leases.call_stoppage import CallStoppage
+from forebay.upstream.shared.leases.leased_breaker import LeasedBreaker
+from forebay.upstream.shared.leases.leased_pause import LeasedPause
+from forebay.upstream.shared.leases.leased_stoppages import LeasedStoppages
+from forebay.upstream.shared.leases.leased_suspension import LeasedSuspension
+from forebay.upstream.shared.ledger.stoppage_messages import StoppageReply, StoppageRequest
 
 RULES: Final = BreakerRules(triggers=(consecutive_faults(3),), reset_timeout=8.0, probes=2)
 UNTIL: Final = 1e9  # seconds at which the lease ends: far away

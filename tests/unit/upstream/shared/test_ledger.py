@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import (
     LEASE,
     BudgetReply,
     BudgetRequest,
@@ -21,8 +21,8 @@ from forebay.upstream.shared.messages import (
     SlotReply,
     SlotRequest,
 )
-from forebay.upstream.shared.periods import period_end, period_start
-from forebay.upstream.shared.slot_shares import fair_shares
+from forebay.upstream.shared.ledger.periods import period_end, period_start
+from forebay.upstream.shared.ledger.slot_shares import fair_shares
 
 START = 1_767_225_600.0  # 2026-01-01T00:00:00Z
 

@@ -12,10 +12,10 @@ import pytest
 from tests.support.ledger_layouts import as_first_layout, spend
 
 from forebay.errors import StoreUnavailable
-from forebay.upstream.shared.ledger import UnreadableLedger, decode_ledger, encode_ledger
-from forebay.upstream.shared.ledger_state import LAYOUT
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
-from forebay.upstream.shared.sqlite_store import SqliteLedgerStore
+from forebay.upstream.shared.ledger.ledger import UnreadableLedger, decode_ledger, encode_ledger
+from forebay.upstream.shared.ledger.ledger_state import LAYOUT
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.stores.sqlite_store import SqliteLedgerStore
 
 
 def stored(path: Path) -> dict[str, Any]:

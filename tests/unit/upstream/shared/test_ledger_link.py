@@ -8,8 +8,8 @@ import pytest
 
 from forebay.errors import StoreUnavailable
 from forebay.simulation import simulate
-from forebay.upstream.shared.link import LedgerLink
-from forebay.upstream.shared.memory_store import MemoryLedgerStore
+from forebay.upstream.shared.leases.link import LedgerLink
+from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
 
 def test_a_store_that_fails_for_a_second_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

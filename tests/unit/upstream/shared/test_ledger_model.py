@@ -12,9 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from forebay.clock import new_random
-from forebay.upstream.shared.ledger import AccountLedger, decode_ledger, encode_ledger
-from forebay.upstream.shared.ledger_state import LedgerState
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.ledger import AccountLedger, decode_ledger, encode_ledger
+from forebay.upstream.shared.ledger.ledger_state import LedgerState
+from forebay.upstream.shared.ledger.messages import (
     LEASE,
     BudgetRequest,
     BudgetTerms,

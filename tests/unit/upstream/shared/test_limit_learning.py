@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import (
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import (
     ExchangeReply,
     ExchangeRequest,
     LedgerTerms,

@@ -6,9 +6,15 @@ import itertools
 
 import pytest
 
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LedgerTerms, QuotaReply, QuotaRequest
-from forebay.upstream.shared.observed_messages import ObservedRemaining, ObservedReply, ObservedRequest
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import (
+    ExchangeReply,
+    ExchangeRequest,
+    LedgerTerms,
+    QuotaReply,
+    QuotaRequest,
+)
+from forebay.upstream.shared.ledger.observed_messages import ObservedRemaining, ObservedReply, ObservedRequest
 
 AMOUNT, SECONDS = 100.0, 50.0  # two a second
 MARGIN = 1.0  # a hundredth

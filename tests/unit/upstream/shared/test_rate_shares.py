@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import ExchangeReply, ExchangeRequest, LedgerTerms
-from forebay.upstream.shared.rate_messages import RateReply, RateRequest, SharedRate
-from forebay.upstream.shared.rate_shares import fair_rates
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import ExchangeReply, ExchangeRequest, LedgerTerms
+from forebay.upstream.shared.ledger.rate_messages import RateReply, RateRequest, SharedRate
+from forebay.upstream.shared.ledger.rate_shares import fair_rates
 
 
 class Members:

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from forebay.breaker import BreakerRules, BreakerState, FaultCountTrigger, consecutive_faults
 from forebay.interfaces import Outcome
-from forebay.upstream.shared.leased_breaker import LeasedBreaker
-from forebay.upstream.shared.leased_stoppages import LeasedStoppages
-from forebay.upstream.shared.ledger import AccountLedger
-from forebay.upstream.shared.messages import LEASE, ExchangeRequest, LedgerTerms
+from forebay.upstream.shared.leases.leased_breaker import LeasedBreaker
+from forebay.upstream.shared.leases.leased_stoppages import LeasedStoppages
+from forebay.upstream.shared.ledger.ledger import AccountLedger
+from forebay.upstream.shared.ledger.messages import LEASE, ExchangeRequest, LedgerTerms
 
 KIND: Final = "breaker"
 TERMS: Final = LedgerTerms(limit="AdaptiveLimit", breaker="BreakerRules()")

@@ -7,9 +7,9 @@ import math
 
 import msgspec
 
-from forebay.upstream.shared.ledger import AccountLedger, decode_ledger, encode_ledger
-from forebay.upstream.shared.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms
-from forebay.upstream.shared.stoppage_messages import StoppageReply, StoppageRequest
+from forebay.upstream.shared.ledger.ledger import AccountLedger, decode_ledger, encode_ledger
+from forebay.upstream.shared.ledger.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms
+from forebay.upstream.shared.ledger.stoppage_messages import StoppageReply, StoppageRequest
 
 TERMS = LedgerTerms(limit="AdaptiveLimit", breaker="BreakerRules()")
 KIND = "breaker"

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Final, NamedTuple
 
 from forebay.upstream.accounts.refusals.refusal_pause import Block
-from forebay.upstream.shared.rate_messages import SharedRate, SharedRateCheck
+from forebay.upstream.shared.ledger.rate_messages import SharedRate, SharedRateCheck
 
 _MARGIN: Final = 0.98  # of the measured rate, so that the provider's bucket gains a little
 _MIN_COUNT: Final = 10  # calls accepted between two blocks from which their rate is a measurement ...

@@ -11,7 +11,7 @@ from forebay.upstream.accounts.refusals.learned_rate import LearnedRate
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RIGHT_AFTER, RefusalTrial, TrialVerdict
-from forebay.upstream.shared.rate_messages import SharedRate
+from forebay.upstream.shared.ledger.rate_messages import SharedRate
 
 _PENALTY_COST: Final = 30.0  # times as long as a penalty, for which the calls in flight stay below what caused it ...
 _MAX_CAP_SECONDS: Final = 600.0  # ... up to this
