@@ -27,7 +27,7 @@ PYTHON_BLOCK = re.compile(r"^( *)```python[^\n]*\n(.*?)^\1```", re.MULTILINE | r
 STARTS_THREAD = re.compile(r"\b(Thread|ThreadPoolExecutor|ProcessPoolExecutor)\(")
 MAY_START_THREADS = re.compile(
     r"_threads\.py|(engine|simulation|cli)/.*|storage/(commit_watch|redis_listener)\.py|state/redis_invalidations\.py|"
-    r"supervisor/(.*/)?(leases|loop_monitor|portal)\.py|upstream/shared/exchange_loop\.py"
+    r"supervisor/(.*/)?(leases|loop_monitor|portal)\.py|upstream/shared/leases/exchange_loop\.py"
 )
 
 

@@ -1,1 +1,1 @@
-"""What a process leases from the ledgers of its accounts and budgets, and when it asks them."""
+"""The leases of a process on the ledgers of its accounts and budgets, and when it asks them."""

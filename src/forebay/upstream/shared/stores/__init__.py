@@ -1,1 +1,1 @@
-"""Where ledgers are kept: memory, SQLite and Redis."""
+"""The stores of ledgers: memory, SQLite and Redis."""
