@@ -20,6 +20,7 @@ from tests.support.gateway_harness import (
     until,
 )
 from tests.support.issued_keys import IssuedKeys, bearer, in_thread, refresh
+from tests.support.metric_samples import total
 
 from forebay.gateway.issued_keys import IssuedKey
 from forebay.gateway.server import Gateway
@@ -54,6 +55,8 @@ async def test_a_rate_of_a_key_is_a_429_with_a_retry_after(harness: GatewayHarne
         assert headers["x-forebay-limited-by"] == "key:writer:requests per minute"
         assert float(headers["retry-after-ms"]) > 10_000
         assert body["error"]["type"] == "rate_limit_error"
+        limit = "key requests per minute"  # not one of the target
+        assert total(gateway, "forebay_gateway_rejections_total", limited_by=limit) == 1
         assert (await harness.post(gateway, headers=by(other)))[0] == 200
         assert leftovers(gateway) == NOTHING_LEFT
 

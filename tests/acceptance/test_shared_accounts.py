@@ -46,7 +46,9 @@ async def test_upstreams_of_different_names_do_not_share() -> None:
 
 
 @virtual
-async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_the_old_ones() -> None:
+async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_the_old_ones(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     store = MemoryLedgerStore()
     old = Upstream("key", max_concurrent=3, shared=store)
     new = Upstream("key", max_concurrent=5, shared=store)
@@ -55,6 +57,8 @@ async def test_settings_that_differ_are_rejected_with_both_until_no_process_has_
     with pytest.raises(Overloaded, match=r"max_concurrent=5, .* here, max_concurrent=3, .* there"):
         async with new.call():
             pass
+    await asyncio.sleep(LEASE)
+    assert [record.levelname for record in caplog.records if "its settings differ" in record.message] == ["ERROR"]
     assert old.core.link is not None
     old.core.link.begin_close()  # its process ends
     await asyncio.sleep(2 * LEASE)

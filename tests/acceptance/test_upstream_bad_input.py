@@ -15,7 +15,7 @@ from tests.unit.upstream.httpx_binding.wire import CHAT, NOTHING, REQUEST, URL, 
 
 from forebay import Overloaded, clock
 from forebay.errors import InvalidAmount, InvalidQuota, InvalidSetting, NotGuardable
-from forebay.quota import Budget, Price, Quota
+from forebay.quota import Budget, Price, Quota, prices
 from forebay.simulation import simulate
 from forebay.upstream import Upstream
 
@@ -70,6 +70,14 @@ async def test_calls_of_a_model_without_a_price_are_counted_and_warned_of_once(
     (record,) = caplog.records
     assert "'custom-model'" in record.message
     assert "prices=" in record.message
+
+
+@virtual
+async def test_a_budget_without_the_price_list_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prices, "_price_list", lambda: None)
+    upstream = Upstream("key", provider="openai", budget=Budget(usd=1))
+    with pytest.raises(Overloaded, match=r"install the price list \(pip install 'forebay\[prices\]'\)"):
+        await Script(httpx2).client(upstream).post(URL, json=REQUEST)
 
 
 @virtual

@@ -614,7 +614,7 @@ class Forwarder:
             answer: GatewayResponse | StreamingResponse = await runner.run(call, ForwardedCall.attempt)
         except Overloaded as error:
             call.record.reject(error.limited_by or "")
-            self.metrics.count_rejection(target.name, (error.limited_by or "").rpartition(":")[2])
+            self.metrics.count_rejection(target.name, _limit_name(error.limited_by or ""))
             raise EarlyResponse(overloaded_response(target.protocol, error)) from None
         except OutOfFiles:
             call.record.reject("host:files")
@@ -915,3 +915,10 @@ def _describe(error: BaseException) -> str:
         return f"the HTTP proxy answered {error.status} {error.message}"[:_MAX_SHOWN]
     text = error.message if isinstance(error, aiohttp.ClientResponseError) else str(error)
     return (text or type(error).__name__)[:_MAX_SHOWN]
+
+
+def _limit_name(limited_by: str) -> str:
+    """Return the name of a limit without that of its upstream, or of the key or tenant whose limit it is."""
+    of, _, name = limited_by.partition(":")
+    last = name.rpartition(":")[2] or of
+    return f"{of} {last}" if of in ("key", "tenant") and name else last

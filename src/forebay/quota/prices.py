@@ -203,6 +203,11 @@ def is_price_list_loaded() -> bool:
     return _loaded
 
 
+def is_price_list_installed() -> bool:
+    """Return whether there is a price list, for models without a price of your own."""
+    return _price_list() is not None
+
+
 def load_price_list() -> None:
     """Load the price list, if it is installed: it takes a third of a second, and blocks meanwhile."""
     global _loaded  # noqa: PLW0603 - as a module is loaded once

@@ -14,6 +14,7 @@ from forebay._fork import is_child, reset_in_child
 from forebay.events import log
 from forebay.interfaces import Charge
 from forebay.quota import BilledUsage, Prices
+from forebay.quota.prices import is_price_list_installed
 from forebay.retry import Retry
 from forebay.task import DEFAULT_TENANT, Deadline, Priority
 from forebay.upstream.accepted_keys import AcceptedKeys
@@ -255,6 +256,8 @@ class UpstreamCore:
             usd = self.prices.cost(self.provider, name, usage) if name or by_hand else None
             if usd is None:
                 named = f"no price is known for model {name!r}: give the upstream prices=, or its target prices"
+                if not is_price_list_installed():
+                    named += ", or install the price list (pip install 'forebay[prices]')"
                 reason = named if name else "it names no model, so that no price is known"
                 allow = by_hand or not (self.budgets.has_budgets or budgeted)
                 return self.unpriced_call(reason, name, allow=allow)

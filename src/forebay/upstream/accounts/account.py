@@ -433,7 +433,8 @@ class Account:
             if now + seconds <= by or seconds == math.inf:
                 return
             seconds, limited_by = self._expected_wait_of(now, call.request)
-            reason = f"it would wait about {format_duration(seconds)} for {limited_by}, which other processes have used"
+            duration = format_duration(seconds)
+            reason = f"it would wait about {duration} for {limited_by}, which other calls have used meanwhile"
             retry_after = self._schedule_retry(now, call.request, seconds)
             self._resolve(call, Rejected(reason, limited_by, seconds / self._max_wait, retry_after))
 

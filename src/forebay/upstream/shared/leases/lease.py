@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from typing import Final, Protocol
 
 from forebay._text import format_duration
+from forebay.events import log
 from forebay.upstream.call_request import Rejected
 from forebay.upstream.shared.ledger.messages import (
     LEASE,
@@ -127,11 +128,7 @@ class LedgerLease(ABC):
     def unusable(self, now: float) -> Rejected | None:
         """Return a rejection if the ledger cannot be used, and waiting is not expected to help; else None."""
         if self.conflict is not None and not self._is_settling(now):
-            reason = (
-                f"its settings differ from those of other processes that share it in {self.link.where}: {self.terms}"
-                f" here, {self.conflict} there. Give all the same; the new ones hold once no process has the old ones"
-            )
-            return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
+            return Rejected(self._conflict_text(self.conflict), SHARED_ACCOUNT, 1.0, LEASE)
         if self.is_leased(now):
             return None
         failed = now - self.link.failing_since()
@@ -142,6 +139,12 @@ class LedgerLease(ABC):
             f" of the account, because it has not used it before: {self.link.describe_failure()}"
         )
         return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
+
+    def _conflict_text(self, conflict: LedgerTerms) -> str:
+        return (
+            f"its settings differ from those of other processes that share it in {self.link.where}: {self.terms}"
+            f" here, {conflict} there. Give all the same; the new ones hold once no process has the old ones"
+        )
 
     def _is_settling(self, now: float) -> bool:
         """Return whether other processes may have other settings yet, because they are being changed."""
@@ -214,8 +217,10 @@ class LedgerLease(ABC):
             if request is not self._pending:  # a fork, meanwhile
                 return
             self._pending = None
-            self.conflict = reply.conflict
+            conflict, self.conflict = self.conflict, reply.conflict
             if reply.conflict is not None:
+                if conflict != reply.conflict and not self._is_settling(now):
+                    log.error("a shared account cannot be used: %s", self._conflict_text(reply.conflict))
                 self.until, self.members = -math.inf, 0
                 self.due = now + (_SETTLING_RETRY if self._is_settling(now) else _CONFLICT_RETRY)
                 self.keep_unreported()
