@@ -2,6 +2,8 @@
 
 While the store is away, each member goes on with its fair share of the account. What it has used of that is not known
 before it comes back, so that much is not granted to those that come back earlier.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

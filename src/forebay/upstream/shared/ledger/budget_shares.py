@@ -2,6 +2,8 @@
 
 Spent, held and free dollars are the whole budget at every moment. What a member holds is free again when its lease
 ends; what it has spent meanwhile is still counted when it reports it.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 A store runs `exchange` as one step: it loads the ledger, decides, and saves it. The arithmetic is plain, because a
 store may have the same rules in a script of its own.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Rises add up, as if one estimator had seen all calls. A fall begins a new epoch, and what members report of an earlier
 one is dropped, since it comes from calls that were sent before the fall: so a refusal that many see lowers it once.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

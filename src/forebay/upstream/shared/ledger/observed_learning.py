@@ -4,6 +4,8 @@ A header was right at some moment between the sending of its call and its arriva
 since then, and what they hold and may have used without having reported it, need not be in it. That leaves a range of
 numbers that the count explains, and a number in that range corrects nothing. So the use of others is never taken for a
 wrong count, and two members that have seen the same correct it once.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A quota of a ledger that was observed from a provider's headers. Pure."""
+"""A quota of a ledger that was observed from a provider's headers. Pure.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The periods of a budget by the calendar in UTC, in plain arithmetic, so that a script in a store can do the same."""
+"""The periods of a budget by the calendar in UTC, in plain arithmetic, so that a script in a store can do the same.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
+"""
 
 from __future__ import annotations
 

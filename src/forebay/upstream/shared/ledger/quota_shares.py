@@ -2,6 +2,8 @@
 
 What members hold does not refill meanwhile: a level and all that is held of it are one amount at most. So no span of
 time gets more than was granted, whenever the holders use it.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

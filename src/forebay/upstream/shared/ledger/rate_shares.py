@@ -2,6 +2,8 @@
 
 A rate is learned by whoever is refused, from the calls of all. What a member has learned replaces what is known if it
 knew that: of two that learn from the same refusals the first one counts.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A member holds as many slots as it has calls in flight, and those that it was allowed for calls that wait. While others
 wait, each may have its fair share of the limit; what it has beyond that it gives back as its calls end. It may use what
 it was allowed until a reply tells it less, so that counts as held until its next request says that it has less.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations

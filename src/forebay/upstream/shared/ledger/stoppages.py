@@ -3,6 +3,8 @@
 Each change begins a new epoch, and what members report of an earlier one is dropped, since it comes from calls that
 were sent before the change. If a store has forgotten an epoch that a member knows, the newest that is known wins.
 Probes are leased as slots are: those of a member that dies come back when its lease ends.
+
+The same rules are in `redis_exchange.lua`: change both; `tests/integration/test_redis_ledger.py` compares them.
 """
 
 from __future__ import annotations
