@@ -136,7 +136,7 @@ class LedgerLease(ABC):
             return None
         reason = (
             f"the store of the shared account has failed for {format_duration(failed)}, and this process has no share"
-            f" of the account, because it has not used it before: {self.link.describe_failure()}"
+            f" of the account, because it has not used it lately: {self.link.describe_failure()}"
         )
         return Rejected(reason, SHARED_ACCOUNT, 1.0, LEASE)
 

@@ -78,7 +78,7 @@ class _LeasedStoppage:
         self.stoppage = stoppage
         self._epoch = -1
         self._quiet = StoppageRequest()  # with nothing to report
-        self._allowed = 0  # probes in flight
+        self._allowed = 0  # probes that the ledger allows this process
         self._told_changes, self._told_passes = stoppage.changes, stoppage.passes
         self._request: StoppageRequest | None = None  # the latest
 

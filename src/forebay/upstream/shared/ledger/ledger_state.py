@@ -10,7 +10,7 @@ from forebay.upstream.shared.ledger.rate_messages import SharedRate
 from forebay.upstream.shared.ledger.stoppage_state import StoppageState
 
 LAYOUT = 2
-"""The number of the fields below: raised with each of them. `redis_exchange.lua` has the same number and fields.
+"""The version of the layout of the structs in this file: one more with each field, here and in `redis_exchange.lua`.
 
 Every field that layout 1 did not have has a default, with which a ledger that was written before goes on.
 """

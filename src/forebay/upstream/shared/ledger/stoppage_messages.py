@@ -17,7 +17,7 @@ class StoppageRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
         passes: those of them that the member has not reported yet.
         calls: sent by the member while calls were let through, and not reported yet.
         faults: the part of them that failed.
-        probes: of the member, in flight.
+        probes: of the member, in flight or allowed and not sent yet.
         wanted: probes of the member in flight, and calls that wait to be probes.
         most_probes: that all members may have in flight.
         successes: probes that must succeed for calls to be let through.

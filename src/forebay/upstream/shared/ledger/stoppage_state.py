@@ -10,7 +10,7 @@ class StoppageMember(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         probes: that it has in flight, or may have.
-        calls: of all members that it knows of.
+        calls: of all members, as far as this one has been told.
         faults: the part of them that failed.
         accepted: what its latest request has changed holds for all.
     """
