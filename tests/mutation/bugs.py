@@ -2054,7 +2054,7 @@ def models_that_may_answer_instead_are_free() -> None:
 
 
 def a_field_whose_cost_no_usage_tells_passes() -> None:
-    def _billed_apart(body: Any, endpoint: Any, model: str) -> str:
+    def _billed_apart(body: Any, endpoint: Any) -> str:
         return ""
 
     request._billed_apart.__code__ = _billed_apart.__code__

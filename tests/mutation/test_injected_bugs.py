@@ -461,7 +461,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
     ),
     bugs.a_shared_budget_is_said_to_renew_before_its_ledger_lets_it: (
-        test_account.test_a_spent_budget_rejects_calls_until_it_renews
+        test_lease.test_a_budget_is_said_to_renew_as_late_as_the_reply_may_have_been_made
     ),
     bugs.a_call_waits_for_a_quota_that_other_processes_have_used: (
         test_account.test_a_call_that_no_quota_will_let_through_in_time_is_rejected_soon
@@ -506,7 +506,7 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
         test_calls.test_a_request_that_the_account_cannot_afford_stops_no_others_where_they_are_few
     ),
     bugs.the_caller_that_was_refused_takes_every_probe_of_a_suspension: (
-        test_calls.test_after_a_night_of_402s_for_one_request_others_are_soon_served
+        test_spend.test_a_request_of_the_size_that_was_refused_is_the_last_to_be_a_probe
     ),
     bugs.a_call_that_cannot_be_metered_passes: (
         test_budget_attacks.test_no_spelling_of_a_call_spends_more_than_the_budget

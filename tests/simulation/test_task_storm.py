@@ -71,6 +71,7 @@ def test_the_storms_cover_all_faults() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # it is 40 seconds on two cores that have nothing else to do
 @pytest.mark.parametrize(
     "bug",
     [bugs.an_orderly_stop_counts_as_a_crash, bugs.a_cancelled_await_goes_on_without_its_slot],

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from forebay import clock
+from forebay.quota import Budget
 from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.call_request import CallRequest
 from forebay.upstream.shared.leases.account_lease import AccountLease
 from forebay.upstream.shared.leases.lease import LedgerLease
+from forebay.upstream.shared.leases.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger.ledger import AccountLedger
 from forebay.upstream.shared.ledger.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms, QuotaTerms
 
@@ -166,3 +169,14 @@ def test_a_process_keeps_its_fair_share_while_the_store_is_away(link: FakeLink) 
     (bucket,) = lease.buckets
     assert bucket.usable(LEASE + 1.0) == 0.0  # it begins with nothing
     assert bucket.usable(LEASE + 3.0) == pytest.approx(2 * 10.0 / 2)
+
+
+def test_a_budget_is_said_to_renew_as_late_as_the_reply_may_have_been_made(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "now", lambda: 5.0)
+    budget = LeasedBudget(link, "l", "the budget", Budget(usd=1.0, per="hour"))
+    request = budget.prepare(1.0)
+    reply = AccountLedger.open(START, request).exchange(START, request)  # START begins an hour
+    budget.apply(5.0, request, reply)
+    assert budget.resets_in() == 3_600.0  # the ledger may have made it just now
