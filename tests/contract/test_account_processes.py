@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import textwrap
@@ -287,7 +288,7 @@ except Overloaded as error:
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="this system has no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_has_none_of_its_parents_calls_and_shares_its_limits(accounts: OpenAccounts) -> None:
     url = accounts.needs_sharing()
     if not url:

@@ -1423,7 +1423,7 @@ def a_request_that_is_repeated_counts_twice() -> None:
 
 
 def what_members_hold_of_a_quota_refills_meanwhile() -> None:
-    quota_shares._bound = lambda *_: None
+    quota_shares.bound_level = lambda *_: None
 
 
 # --- refusals: hints, weighed against what was accepted ---

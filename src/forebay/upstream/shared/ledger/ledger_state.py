@@ -177,6 +177,10 @@ class LedgerState(msgspec.Struct):
             return self.terms.max_concurrent
         return 0 if self.time < self.silent_until else int(self.limit)
 
+    def held(self, number: int) -> float:
+        """Return what all members hold of a quota."""
+        return sum(member.held[number] for member in self.members.values())
+
     def others(self, member: str) -> list[MemberState]:
         """Return all members but one."""
         return [state for other, state in self.members.items() if other != member]

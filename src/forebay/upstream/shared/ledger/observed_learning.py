@@ -16,6 +16,7 @@ from forebay.upstream.shared.ledger.ledger_state import LedgerState, MemberState
 from forebay.upstream.shared.ledger.messages import ExchangeRequest, QuotaRequest
 from forebay.upstream.shared.ledger.observed_messages import ObservedRemaining, ObservedReply, ObservedRequest
 from forebay.upstream.shared.ledger.observed_quota import ObservedQuota
+from forebay.upstream.shared.ledger.quota_shares import bound_level
 
 _NOTHING: Final = QuotaRequest()  # of a limit that a member does not know
 _ROUNDING: Final = 1.0  # units: headers leave out the fraction
@@ -88,10 +89,6 @@ def _quota(state: LedgerState, number: int) -> ObservedQuota:
     return state.observed[number - len(state.terms.quotas)]
 
 
-def _held(state: LedgerState, number: int) -> float:
-    return sum(member.held[number] for member in state.members.values())
-
-
 def _begin(state: LedgerState, asked: ObservedRequest) -> int | None:
     """Begin with a limit that a member has observed. It is empty if the member has not seen what is left."""
     if len(state.observed) >= _MAX_UNITS:
@@ -114,13 +111,13 @@ def _change(state: LedgerState, number: int, asked: ObservedRequest) -> None:
     quota.amount, quota.seconds = asked.amount, asked.seconds
     quota.window_end = None if asked.ends_in is None else state.time + asked.ends_in
     quota.epoch += 1
-    _bound(state, number)
+    bound_level(state, number)
 
 
 def _correct(state: LedgerState, member: MemberState, number: int, seen: ObservedRemaining) -> None:
     """Move a level to the nearest one that explains what is left by a header."""
     quota, level = _quota(state, number), state.levels[number]
-    held = _held(state, number)
+    held = state.held(number)
     under_way = sum(each.under_way[number - len(state.terms.quotas)] for each in state.members.values())
     refilled = seen.age * quota.amount / quota.seconds + _ROUNDING if quota.window_end is None else 0.0
     most = seen.remaining + refilled - (held if seen.throttled else member.held[number])
@@ -129,9 +126,4 @@ def _correct(state: LedgerState, member: MemberState, number: int, seen: Observe
     else:
         used_since = max(0.0, quota.counted - seen.counted)
         state.levels[number] = max(level, seen.remaining - held - under_way - used_since)
-    _bound(state, number)
-
-
-def _bound(state: LedgerState, number: int) -> None:
-    quota = _quota(state, number)
-    state.levels[number] = max(-quota.amount, min(state.levels[number], quota.amount - _held(state, number)))
+    bound_level(state, number)

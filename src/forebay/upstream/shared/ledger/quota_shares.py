@@ -25,11 +25,11 @@ def refill_quotas(state: LedgerState, elapsed: float) -> None:
     """Refill all quotas for the time that has passed."""
     for number, quota in enumerate(state.quotas):
         if isinstance(quota, ObservedQuota):
-            level = quota.refilled(state.levels[number], _held(state, number), state.time, elapsed)
+            level = quota.refilled(state.levels[number], state.held(number), state.time, elapsed)
         else:
             level = state.levels[number] + elapsed * quota.amount / quota.seconds
         state.levels[number] = level
-        _bound(state, number)
+        bound_level(state, number)
 
 
 def report_quotas(state: LedgerState, member: MemberState, asked: tuple[QuotaRequest, ...]) -> None:
@@ -45,7 +45,7 @@ def report_quotas(state: LedgerState, member: MemberState, asked: tuple[QuotaReq
             held = 0.0
         member.held[number] = quota.kept(held)
         state.levels[number] += held - member.held[number]
-        _bound(state, number)
+        bound_level(state, number)
 
 
 def grant_quotas(state: LedgerState, name: str, asked: tuple[QuotaRequest, ...]) -> list[float]:
@@ -82,20 +82,15 @@ def return_quotas(state: LedgerState, member: MemberState) -> None:
     for number, held in enumerate(member.held):
         state.levels[number] += held
         member.held[number] = 0.0
-        _bound(state, number)
+        bound_level(state, number)
 
 
-def _bound(state: LedgerState, number: int) -> None:
+def bound_level(state: LedgerState, number: int) -> None:
     """Lose what does not fit into a quota beside what is held of it."""
     quota = state.quotas[number]
-    state.levels[number] = min(state.levels[number], quota.amount - _held(state, number))
+    state.levels[number] = min(state.levels[number], quota.amount - state.held(number))
     if isinstance(quota, ObservedQuota):  # headers correct the rest of a debt
         state.levels[number] = max(state.levels[number], -quota.amount)
-
-
-def _held(state: LedgerState, number: int) -> float:
-    """Return what all members hold of a quota."""
-    return sum(member.held[number] for member in state.members.values())
 
 
 def _level(state: LedgerState, number: int) -> float:
@@ -121,7 +116,7 @@ def _wait(state: LedgerState, number: int, member: MemberState, before: list[Mem
 def _margin(state: LedgerState, number: int, needed: float) -> float:
     """Return what is to be left of a quota when `needed` is taken."""
     quota = state.quotas[number]
-    return quota.margin(needed, _held(state, number)) if isinstance(quota, ObservedQuota) else 0.0
+    return quota.margin(needed, state.held(number)) if isinstance(quota, ObservedQuota) else 0.0
 
 
 def _chunk(state: LedgerState, number: int, name: str, before: list[MemberState], wanted: float) -> float:
