@@ -22,8 +22,11 @@ _FIND = (Phase.explicit, Phase.generate)
 settings.register_profile("mutation", settings.get_profile("ci"), phases=_FIND, max_examples=40, database=None)
 settings.load_profile("ci" if "CI" in os.environ else "explore")
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; programs of tests inherit it
+# A shell's background job ignores SIGINT, and what nohup starts SIGHUP: the programs of tests would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_report_header() -> str:
