@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -211,8 +212,9 @@ from tests.unit.upstream.shared import (
 
 ROOT = Path(__file__).parents[2]
 SLIPS = ("SyntaxError", "ImportError", "ModuleNotFoundError", "NameError", "AttributeError", "TypeError")
-OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=10")
-INJECTION = ("--hypothesis-profile=mutation", "-p", "tests.mutation.plugin")
+OPTIONS = ("-q", "--exitfirst", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist")
+TIMEOUTS = ("--timeout=10", "-o", "faulthandler_timeout=60")  # the second ends what the first does not
+INJECTION = (*TIMEOUTS, "--hypothesis-profile=mutation", "-p", "tests.mutation.plugin")
 
 CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cancelled_run_keeps_its_slot: test_ending.test_a_handler_that_stops_at_its_timeout_returns_its_slot_at_once,
@@ -1828,6 +1830,7 @@ class ForkServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,  # a bug may leave processes behind: they end with this one
         )
         os.close(requests)
         self._requests = os.fdopen(mine, "w", encoding="utf-8")
@@ -1845,10 +1848,12 @@ class ForkServer:
         raise EOFError("the process that forks has ended:\n" + "".join(written))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that it has left behind."""
         self._requests.close()
-        self._process.kill()
-        self._process.communicate()
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
 
 @pytest.fixture(scope="module")
