@@ -241,7 +241,7 @@ from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check,
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
-from forebay.upstream.accounts.spend import LoggedBudget, SharedBudget
+from forebay.upstream.accounts.spend import LoggedBudget, ThreadSafeBudget
 from forebay.upstream.accounts.spend_recorder import RecordedCall, SpendRecorder
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
@@ -1027,12 +1027,12 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 
 def a_restart_refills_a_budget() -> None:
-    always(SharedBudget, SharedBudget.restore, returns=None)
+    always(ThreadSafeBudget, ThreadSafeBudget.restore, returns=None)
 
 
 def a_restart_refills_the_budget_of_a_key() -> None:
-    def _new_budget(self: CallerLimits, budget: Budget) -> SharedBudget:
-        return SharedBudget(f"the budget of {self.title}", budget)
+    def _new_budget(self: CallerLimits, budget: Budget) -> ThreadSafeBudget:
+        return ThreadSafeBudget(f"the budget of {self.title}", budget)
 
     replace(CallerLimits, CallerLimits._new_budget, _new_budget)
 
@@ -1063,7 +1063,7 @@ def spend_that_could_not_be_written_is_lost() -> None:
 
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
-    always(SharedBudget, SharedBudget.is_fresh, returns=True)
+    always(ThreadSafeBudget, ThreadSafeBudget.is_fresh, returns=True)
 
 
 def debts_of_a_given_quota_are_forgiven() -> None:

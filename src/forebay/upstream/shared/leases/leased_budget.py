@@ -47,7 +47,7 @@ class BudgetHistory(Protocol):
 
 
 class LeasedBudget(LedgerLease):
-    """The lease of this process on a budget, which the calls of several accounts spend from. See `SharedBudget`.
+    """The lease of this process on a budget, which the calls of several accounts spend from. See `ThreadSafeBudget`.
 
     Safe to use from any thread. Money that was granted for a HIGH or CRITICAL call, and may come out of the share that
     is reserved for them, is spent by such calls only.
