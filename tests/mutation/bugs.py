@@ -1037,6 +1037,15 @@ def a_restart_refills_the_budget_of_a_key() -> None:
     replace(CallerLimits, CallerLimits._new_budget, _new_budget)
 
 
+def the_budget_of_a_key_is_named_as_that_of_its_target() -> None:
+    original = ThreadSafeAccount._overloaded
+
+    def _overloaded(self: ThreadSafeAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+        return original(self, rejected._replace(owner=""), sole_account=sole_account)
+
+    replace(ThreadSafeAccount, original, _overloaded)
+
+
 def calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider() -> None:
     original = CallerReader.read_with_key
 

@@ -449,6 +449,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_refills_the_budget_of_a_key: (
         test_gateway_caller_spend.test_a_restart_does_not_refill_the_budget_of_a_key
     ),
+    bugs.the_budget_of_a_key_is_named_as_that_of_its_target: (
+        test_caller_ledgers.test_a_process_that_learns_that_a_budget_is_spent_names_its_caller
+    ),
     bugs.calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider: (
         test_gateway_caller_spend.test_a_call_is_attributed_to_the_name_of_its_key_everywhere
     ),

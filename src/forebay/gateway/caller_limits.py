@@ -223,7 +223,7 @@ class CallerLimits:
         if self._ledgers is not None:
             return self._ledgers.budget(self.name, name, budget, spent=self._spent)
         spent = 0.0 if self._spent is None else self._spent(budget.per, now)
-        made = ThreadSafeBudget(name, budget)
+        made = ThreadSafeBudget(name, budget, owner=self.name)
         made.restore(now, spent, alerted=0.0)
         return made
 

@@ -33,14 +33,23 @@ class ThreadSafeBudget:
     Args:
         name: in messages.
         budget: the amount and its period.
+        owner: whose it is, in rejections; empty for the account. See `Rejected`.
         on_alert: called once an alert is due, with the share of it and the dollars spent. It may not block, or use the
             budget.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_on_alert", "_tracker", "name")
+    __slots__ = ("__weakref__", "_lock", "_on_alert", "_owner", "_tracker", "name")
 
-    def __init__(self, name: str, budget: Budget, *, on_alert: Callable[[float, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        budget: Budget,
+        *,
+        owner: str = "",
+        on_alert: Callable[[float, float], None] | None = None,
+    ) -> None:
         self.name = name
+        self._owner = owner
         self._tracker = BudgetTracker(budget)
         self._on_alert = on_alert
         self._lock = threading.Lock()
@@ -77,6 +86,7 @@ class ThreadSafeBudget:
             resets_in=resets_in,
             affordable_later=affordable_later,
             draw=clock.draw() if affordable_later else 0.0,
+            owner=self._owner,
         )
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:

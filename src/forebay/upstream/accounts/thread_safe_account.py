@@ -245,9 +245,10 @@ class ThreadSafeAccount:
         """Count a rejection, and return it as an error."""
         with self._lock:
             self.account.count_rejected()
+        owner = rejected.owner
         error = Overloaded(
-            f"{self._upstream}: {rejected.reason}",
-            limited_by=f"{self.name}:{rejected.limited_by}",
+            rejected.reason if owner else f"{self._upstream}: {rejected.reason}",
+            limited_by=f"{owner or self.name}:{rejected.limited_by}",
             load=rejected.load,
             retry_after=rejected.retry_after,
         )

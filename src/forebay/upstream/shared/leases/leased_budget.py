@@ -57,6 +57,7 @@ class LeasedBudget(LedgerLease):
         key: see `LedgerLease`.
         name: of the budget, in rejections.
         budget: the amount and its period.
+        owner: whose it is, in rejections; empty for the account. See `Rejected`.
         forget_after: see `BudgetTerms`.
         history: with which the ledger begins if it is new; None: with nothing spent.
         on_alert: called once an alert is due that this process is to give for all, with the share of the budget and the
@@ -70,12 +71,14 @@ class LeasedBudget(LedgerLease):
         name: str,
         budget: Budget,
         *,
+        owner: str = "",
         forget_after: float | None = None,
         history: BudgetHistory | None = None,
         on_alert: Callable[[float, float], None] | None = None,
     ) -> None:
         self.name = name
         self.budget = budget
+        self._owner = owner
         self._forget_after = forget_after
         self._history = history
         self._on_alert = on_alert
@@ -204,7 +207,7 @@ class LeasedBudget(LedgerLease):
         now = clock.now()
         with self.lock:
             if (unusable := self.unusable(now)) is not None:
-                return unusable
+                return unusable._replace(owner=self._owner)
             away = self.is_away(now)
             used = self.budget.usd - max(0.0, self._own_share(now, priority)) if away else self._taken(now)
             spent = used if away else used - self._reserved_by_all(now)
@@ -222,6 +225,7 @@ class LeasedBudget(LedgerLease):
             resets_in=resets_in,
             affordable_later=affordable_later,
             draw=clock.draw() if affordable_later else 0.0,
+            owner=self._owner,
         )
 
     # --- statistics ---
