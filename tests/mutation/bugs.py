@@ -4294,6 +4294,10 @@ def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
 
 
+def a_lease_lasts_on_though_its_machine_was_suspended() -> None:
+    always(LedgerLease, LedgerLease.count_suspension, returns=None)
+
+
 def a_shared_budget_is_said_to_renew_before_its_ledger_lets_it() -> None:
     original = LeasedBudget._resets_in
 

@@ -463,6 +463,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
     ),
+    bugs.a_lease_lasts_on_though_its_machine_was_suspended: (
+        test_shared_accounts.test_a_machine_that_was_suspended_asks_before_it_uses_what_it_had_leased
+    ),
     bugs.a_shared_budget_is_said_to_renew_before_its_ledger_lets_it: (
         test_lease.test_a_budget_is_said_to_renew_as_late_as_the_reply_may_have_been_made
     ),

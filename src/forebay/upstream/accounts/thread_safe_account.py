@@ -214,6 +214,8 @@ class ThreadSafeAccount:
         now = clock.now()
         request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
+            if self._lease is not None:
+                self._lease.count_suspension()
             decision = self.account.try_acquire(now, request)
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
@@ -294,6 +296,8 @@ class ThreadSafeAccount:
 
     def _serve_queue(self, now: float) -> Iterable[Callable[[], None]]:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
+        if self._lease is not None:
+            self._lease.count_suspension()
         if self.account.queue.length:
             self.account.serve_queue(now)
         if self._link is not None and self.account.queue.length:

@@ -134,6 +134,7 @@ class LeasedBudget(LedgerLease):
         now = clock.now()
         check_dollars(usd)
         with self.lock:
+            self.count_suspension()
             if self.is_away(now):
                 left = self._own_share(now, priority)
                 return left > 0.0 and usd <= left * (1.0 + _EPSILON)
@@ -146,6 +147,7 @@ class LeasedBudget(LedgerLease):
         """Return the seconds until `usd` dollars are expected to be leased; 0 if they are. It asks for them."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if self._covers(now, usd, priority):
                 return 0.0
             self._is_asked = True
@@ -159,6 +161,7 @@ class LeasedBudget(LedgerLease):
         """Reserve `usd` dollars, or return None if they are not leased."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if not self._covers(now, usd, priority):
                 return None
             kept = min(self._kept, usd) if priority <= Priority.HIGH else 0.0
@@ -206,6 +209,7 @@ class LeasedBudget(LedgerLease):
         """Return the rejection of a call for which `usd` dollars cannot be reserved, now or soon."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if (unusable := self.unusable(now)) is not None:
                 return unusable._replace(owner=self._owner)
             away = self.is_away(now)
