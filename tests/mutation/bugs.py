@@ -83,6 +83,7 @@ from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.request_head import RequestHead, RequestHeads
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
+from forebay.gateway.worker_channel import WorkerChannel
 from forebay.gateway.worker_group import Readiness, WorkerGroup
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
@@ -4126,6 +4127,14 @@ def a_reload_does_not_ask_whether_all_workers_can_make_it() -> None:
 
 def a_worker_forgets_what_the_one_before_it_has_counted() -> None:
     always(WorkerGroup, WorkerGroup._read_counted, returns=None)
+
+
+def what_a_worker_has_counted_is_written_at_scrapes_alone() -> None:
+    always(WorkerGroup, WorkerGroup._keep, returns=None)
+
+
+def the_removed_directory_of_the_workers_is_not_made_again() -> None:
+    always(WorkerChannel, WorkerChannel.keep, returns=None)
 
 
 def a_worker_that_drains_answers_for_the_whole_gateway() -> None:

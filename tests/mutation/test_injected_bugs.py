@@ -145,6 +145,8 @@ from tests.unit.gateway import (
     test_key_registry,
     test_read_timeout,
     test_request_head,
+    test_worker_channel,
+    test_worker_group,
 )
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
@@ -1729,6 +1731,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
+    ),
+    bugs.what_a_worker_has_counted_is_written_at_scrapes_alone: (
+        test_worker_group.test_a_worker_that_is_killed_loses_what_it_counted_in_the_last_five_seconds_at_most
+    ),
+    bugs.the_removed_directory_of_the_workers_is_not_made_again: (
+        test_worker_channel.test_a_worker_whose_socket_is_removed_with_its_directory_can_be_asked_again
     ),
     bugs.a_worker_that_drains_answers_for_the_whole_gateway: (
         test_gateway_worker_metrics.test_a_gateway_is_ready_if_any_worker_takes_calls
