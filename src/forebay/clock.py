@@ -58,6 +58,32 @@ def now() -> float:
     return loop.time() if getattr(loop, "virtual", False) else time.monotonic()  # `is_virtual` inlined: a hot path
 
 
+def _find_suspension_clocks() -> tuple[int, int] | None:
+    """Return the clock that counts while the machine is suspended, and the one that does not; None without both."""
+    for counting, standing in (("CLOCK_BOOTTIME", "CLOCK_MONOTONIC"), ("CLOCK_MONOTONIC_RAW", "CLOCK_UPTIME_RAW")):
+        if hasattr(time, counting) and hasattr(time, standing):  # the first on Linux, the second on macOS
+            return getattr(time, counting), getattr(time, standing)
+    return None
+
+
+_suspension_clocks = _find_suspension_clocks()
+
+
+def suspension() -> float:
+    """Return the seconds for which the machine was suspended since it started, which `now` does not count.
+
+    It is 0 where `now` counts them (Windows). A virtual machine whose own clocks are stopped does not know of it.
+    """
+    loop = _running_loop()
+    if loop is not None and is_virtual(loop):
+        return float(getattr(loop, "suspension", 0.0))
+    if _suspension_clocks is None:
+        return 0.0
+    counting, standing = _suspension_clocks
+    total = time.clock_gettime(counting)  # first: a thread that is delayed here must not look like a suspension
+    return total - time.clock_gettime(standing)
+
+
 def new_random(seed: int | None = None) -> random.Random:
     """Return a generator of random numbers, seeded with `seed`, or by the operating system."""
     return random.Random(seed)  # noqa: S311 - jitter, not secrets

@@ -12,6 +12,7 @@ import pytest
 from aiohttp import web
 from tests.support.gateway_harness import CHAT_REQUEST, NOTHING_LEFT, GatewayHarness, leftovers, until
 from tests.support.issued_keys import IssuedKeys
+from tests.support.metric_samples import total
 
 from forebay.gateway import TenantSettings
 from forebay.gateway.server import Gateway
@@ -81,6 +82,19 @@ async def test_a_key_spends_one_budget_at_all_gateways(harness: GatewayHarness, 
     text = await keys.create("writer", budget_usd=2.0)
     async with two_gateways(harness, store, keys=keys.url) as gateways:
         assert await statuses(harness, gateways, 8, headers=by(text)) == [200] * 4 + [402] * 4
+
+
+async def test_a_gateway_that_learns_from_the_store_that_a_key_has_spent_its_budget_names_the_key(
+    harness: GatewayHarness, keys: IssuedKeys, store: str
+) -> None:
+    text = await keys.create("writer", budget_usd=0.6)
+    async with two_gateways(harness, store, keys=keys.url) as (one, other):
+        assert (await harness.post(one, json=REQUEST, headers=by(text)))[0] == 200
+        patient = {**by(text), "x-stainless-read-timeout": "60"}
+        status, headers, answer = await harness.post(other, json=REQUEST, headers=patient)
+        assert (status, headers["x-forebay-limited-by"]) == (402, "key:writer:budget")
+        assert answer["error"]["message"].startswith("Rejected: the budget of key 'writer' would be overspent")
+        assert total(other, "forebay_gateway_rejections_total", limited_by="key budget") == 1
 
 
 async def test_a_tenant_spends_one_budget_at_all_gateways(harness: GatewayHarness, store: str) -> None:

@@ -65,6 +65,8 @@ async def readiness(harness: GatewayHarness, gateway: Gateway) -> tuple[int, dic
 async def kill(gateway: Gateway) -> None:
     """End a worker's part among the others as kill -9 does: it notes nothing."""
     assert gateway._channel is not None
+    assert gateway._workers is not None
+    await gateway._workers.stop_keeping()
     await gateway._channel.close()
     gateway._workers = None
 

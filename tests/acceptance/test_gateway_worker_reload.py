@@ -147,6 +147,20 @@ async def test_a_worker_that_is_to_serve_by_settings_that_it_has_not_prepared_re
         assert late._generation == 1
 
 
+async def test_settings_in_force_whose_file_was_removed_are_noted_again(
+    harness: GatewayHarness, tmp_path: Path
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with two_workers(harness, tmp_path) as workers:
+        assert await reload(tmp_path, lambda: harness.settings(gateway={"client_timeout": 7.0}))
+        await loop.run_in_executor(None, (tmp_path / "settings").unlink)
+        for worker in workers:
+            await loop.run_in_executor(None, worker.reload.restore)
+    found = await loop.run_in_executor(None, read_settings, tmp_path)
+    assert found is not None
+    assert (found.generation, found.settings.client_timeout) == (1, 7.0)
+
+
 def test_what_needs_a_restart_stays_and_is_said() -> None:
     targets = (TargetSettings(name="openai", url="http://127.0.0.1:1"),)
     before = GatewaySettings(targets=targets, listen="127.0.0.1:0")

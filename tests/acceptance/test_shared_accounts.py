@@ -7,10 +7,11 @@ import asyncio
 import pytest
 from tests.support.task_plane import virtual
 
-from forebay import Budget, Overloaded, Price, Quota, Upstream
+from forebay import Budget, Overloaded, Price, Quota, Upstream, clock
 from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
 from forebay.errors import InvalidSetting
 from forebay.events import BudgetAlert, Event
+from forebay.simulation.loop import virtual_loop
 from forebay.upstream.shared.ledger.messages import LEASE
 from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
@@ -43,6 +44,19 @@ async def test_upstreams_of_different_names_do_not_share() -> None:
     for name in ("one", "other"):
         async with Upstream(name, quotas=quotas, shared=store).call():
             pass
+
+
+@virtual
+async def test_a_machine_that_was_suspended_asks_before_it_uses_what_it_had_leased() -> None:
+    upstream = Upstream("key", max_concurrent=1, shared=MemoryLedgerStore())
+    async with upstream.call():
+        pass
+    began = clock.now()
+    async with upstream.call():
+        assert clock.now() == began, "its slot is still here"
+    virtual_loop().suspend(60.0)
+    async with upstream.call():
+        assert clock.now() > began, "others may have got the slot"
 
 
 @virtual

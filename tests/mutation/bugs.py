@@ -83,6 +83,7 @@ from forebay.gateway.provider_key import ProviderKey
 from forebay.gateway.request_head import RequestHead, RequestHeads
 from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
+from forebay.gateway.worker_channel import WorkerChannel
 from forebay.gateway.worker_group import Readiness, WorkerGroup
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
@@ -241,7 +242,7 @@ from forebay.upstream.accounts.refusals.learned_rate import LearnedRate, _Check,
 from forebay.upstream.accounts.refusals.refusal_cause import RefusalCause
 from forebay.upstream.accounts.refusals.refusal_pause import Block, RefusalPause
 from forebay.upstream.accounts.refusals.refusal_trial import RefusalTrial
-from forebay.upstream.accounts.spend import LoggedBudget, SharedBudget
+from forebay.upstream.accounts.spend import LoggedBudget, ThreadSafeBudget
 from forebay.upstream.accounts.spend_recorder import RecordedCall, SpendRecorder
 from forebay.upstream.accounts.spend_suspension import SpendSuspension, Suspended
 from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
@@ -1027,14 +1028,23 @@ def a_free_call_is_told_to_come_back_for_a_budget_that_never_refills() -> None:
 
 
 def a_restart_refills_a_budget() -> None:
-    always(SharedBudget, SharedBudget.restore, returns=None)
+    always(ThreadSafeBudget, ThreadSafeBudget.restore, returns=None)
 
 
 def a_restart_refills_the_budget_of_a_key() -> None:
-    def _new_budget(self: CallerLimits, budget: Budget) -> SharedBudget:
-        return SharedBudget(f"the budget of {self.title}", budget)
+    def _new_budget(self: CallerLimits, budget: Budget) -> ThreadSafeBudget:
+        return ThreadSafeBudget(f"the budget of {self.title}", budget)
 
     replace(CallerLimits, CallerLimits._new_budget, _new_budget)
+
+
+def the_budget_of_a_key_is_named_as_that_of_its_target() -> None:
+    original = ThreadSafeAccount._overloaded
+
+    def _overloaded(self: ThreadSafeAccount, rejected: Rejected, *, sole_account: bool) -> errors.Overloaded:
+        return original(self, rejected._replace(owner=""), sole_account=sole_account)
+
+    replace(ThreadSafeAccount, original, _overloaded)
 
 
 def calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider() -> None:
@@ -1063,7 +1073,7 @@ def spend_that_could_not_be_written_is_lost() -> None:
 
 
 def a_tenant_that_has_spent_is_forgotten() -> None:
-    always(SharedBudget, SharedBudget.is_fresh, returns=True)
+    always(ThreadSafeBudget, ThreadSafeBudget.is_fresh, returns=True)
 
 
 def debts_of_a_given_quota_are_forgiven() -> None:
@@ -4119,6 +4129,14 @@ def a_worker_forgets_what_the_one_before_it_has_counted() -> None:
     always(WorkerGroup, WorkerGroup._read_counted, returns=None)
 
 
+def what_a_worker_has_counted_is_written_at_scrapes_alone() -> None:
+    always(WorkerGroup, WorkerGroup._keep, returns=None)
+
+
+def the_removed_directory_of_the_workers_is_not_made_again() -> None:
+    always(WorkerChannel, WorkerChannel.keep, returns=None)
+
+
 def a_worker_that_drains_answers_for_the_whole_gateway() -> None:
     async def readiness(group: WorkerGroup) -> Readiness:
         problems = list(group._problems())
@@ -4283,6 +4301,10 @@ def each_process_on_redis_has_all_slots() -> None:
 
 def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
+
+
+def a_lease_lasts_on_though_its_machine_was_suspended() -> None:
+    always(LedgerLease, LedgerLease.count_suspension, returns=None)
 
 
 def a_shared_budget_is_said_to_renew_before_its_ledger_lets_it() -> None:

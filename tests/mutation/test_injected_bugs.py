@@ -146,6 +146,8 @@ from tests.unit.gateway import (
     test_key_registry,
     test_read_timeout,
     test_request_head,
+    test_worker_channel,
+    test_worker_group,
 )
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
@@ -451,6 +453,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_restart_refills_the_budget_of_a_key: (
         test_gateway_caller_spend.test_a_restart_does_not_refill_the_budget_of_a_key
     ),
+    bugs.the_budget_of_a_key_is_named_as_that_of_its_target: (
+        test_caller_ledgers.test_a_process_that_learns_that_a_budget_is_spent_names_its_caller
+    ),
     bugs.calls_of_an_issued_key_are_attributed_to_the_key_of_its_provider: (
         test_gateway_caller_spend.test_a_call_is_attributed_to_the_name_of_its_key_everywhere
     ),
@@ -461,6 +466,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.each_process_on_redis_has_all_slots: test_account.test_no_more_calls_are_in_flight_than_max_concurrent,
     bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
+    ),
+    bugs.a_lease_lasts_on_though_its_machine_was_suspended: (
+        test_shared_accounts.test_a_machine_that_was_suspended_asks_before_it_uses_what_it_had_leased
     ),
     bugs.a_shared_budget_is_said_to_renew_before_its_ledger_lets_it: (
         test_lease.test_a_budget_is_said_to_renew_as_late_as_the_reply_may_have_been_made
@@ -1725,6 +1733,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_worker_forgets_what_the_one_before_it_has_counted: (
         test_gateway_worker_metrics.test_counters_stay_while_a_worker_is_dead_and_go_on_when_it_is_replaced
+    ),
+    bugs.what_a_worker_has_counted_is_written_at_scrapes_alone: (
+        test_worker_group.test_a_worker_that_is_killed_loses_what_it_counted_in_the_last_five_seconds_at_most
+    ),
+    bugs.the_removed_directory_of_the_workers_is_not_made_again: (
+        test_worker_channel.test_a_worker_whose_socket_is_removed_with_its_directory_can_be_asked_again
     ),
     bugs.a_worker_that_drains_answers_for_the_whole_gateway: (
         test_gateway_worker_metrics.test_a_gateway_is_ready_if_any_worker_takes_calls

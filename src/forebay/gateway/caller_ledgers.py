@@ -73,7 +73,7 @@ class CallerLedgers:
         """Return the lease on the budget of a caller.
 
         Args:
-            caller: its kind and name.
+            caller: its kind and name, which rejections have.
             name: of the budget, in messages.
             budget: the amount and its period.
             spent: returns the dollars that were spent in the period of an epoch time, with which a new ledger begins;
@@ -81,7 +81,7 @@ class CallerLedgers:
         """
         key = ledger_key("caller_budget", _digest(caller))
         history = None if spent is None else _CallerHistory(spent)
-        make = functools.partial(LeasedBudget, self.link, key, name, budget, history=history)
+        make = functools.partial(LeasedBudget, self.link, key, name, budget, owner=caller, history=history)
         lease = self.link.lease(key, make)
         assert isinstance(lease, LeasedBudget)  # noqa: S101 - the key is that of a budget
         if lease.budget != budget:

@@ -30,7 +30,7 @@ from forebay.spend_log.spend_record import ALL_UPSTREAMS, AlertPlace
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
 from forebay.upstream.accounts.account_retries import AccountRetries
-from forebay.upstream.accounts.spend import SharedBudget, UpstreamBudget
+from forebay.upstream.accounts.spend import ThreadSafeBudget, UpstreamBudget
 from forebay.upstream.accounts.thread_safe_account import ThreadSafeAccount
 from forebay.upstream.call_request import CallBudget, CallOutcome, CallRequest, Permit
 from forebay.upstream.shared.leases.account_lease import AccountLease
@@ -223,7 +223,7 @@ class CallerLimits:
         if self._ledgers is not None:
             return self._ledgers.budget(self.name, name, budget, spent=self._spent)
         spent = 0.0 if self._spent is None else self._spent(budget.per, now)
-        made = SharedBudget(name, budget)
+        made = ThreadSafeBudget(name, budget, owner=self.name)
         made.restore(now, spent, alerted=0.0)
         return made
 

@@ -36,7 +36,13 @@ from forebay.gateway.forwarder import Forwarder, ReloadParts
 from forebay.gateway.key_file import parse_keys_url
 from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
-from forebay.gateway.worker_channel import MessageHandler, WorkerChannel, make_worker_directory, remove_if_last
+from forebay.gateway.worker_channel import (
+    MessageHandler,
+    WorkerChannel,
+    make_worker_directory,
+    remove_if_last,
+    restore_worker_directory,
+)
 from forebay.gateway.worker_group import WorkerGroup
 from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
 from forebay.gateway.worker_reload import (
@@ -734,6 +740,7 @@ def _run_workers(
     settings = msgspec.structs.replace(settings, shared=shared)
 
     def serve(listening: socket.socket, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
+        restore_worker_directory(directory)
         channel = WorkerChannel(directory, number, settings.workers)
         current = read_settings(directory) or SettingsInForce(0, settings)
         program = _Program(
@@ -818,7 +825,9 @@ class _Program:
         generation: int = 0,
     ) -> None:
         self._worker_reload = None if channel is None else WorkerReload(channel.directory, generation, self._prepare)
-        messages = {} if self._worker_reload is None else self._worker_reload.handlers
+        messages: Mapping[str, MessageHandler] = {}
+        if self._worker_reload is not None and channel is not None:
+            messages, channel.on_restored = self._worker_reload.handlers, self._worker_reload.restore
         self._gateway = Gateway(_fitted(settings), listening=listening, channel=channel, messages=messages)
         self.is_orphan = False
         self._lifeline = lifeline

@@ -10,9 +10,11 @@ import asyncio
 import functools
 import os
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 from typing import Final, TypeAlias
@@ -25,6 +27,8 @@ MessageHandler: TypeAlias = Callable[[bytes], Awaitable[bytes]]
 
 _PREFIX: Final = "forebay-workers-"
 _MAX_PATH: Final = 94  # bytes: with the name of a socket less than the 104 of macOS
+_OTHERS: Final = 0o077  # the permissions of other users
+_START_AGAIN: Final = "Start the gateway again; until then it goes on with the workers that it has."
 _MAX_KIND: Final = 64  # bytes
 _CHUNK: Final = 1 << 16  # bytes
 _BACKLOG: Final = 128
@@ -62,6 +66,42 @@ def keep_from_cleaning(directory: str) -> None:
         fcntl.flock(os.open(directory, os.O_RDONLY | os.O_DIRECTORY), fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def restore_worker_directory(directory: Path) -> bool:
+    """Make the private directory of a gateway's processes again if it was removed; return whether it was.
+
+    Raises:
+        StoreUnavailable: it cannot be made, or another user has made one in its place.
+    """
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        _check_private(directory)
+        return False
+    except OSError as error:
+        why = f"it was removed, and cannot be made again: {error.strerror or error}"
+        raise StoreUnavailable(where=str(directory), why=why, advice=_START_AGAIN) from None
+    with suppress(OSError):
+        keep_from_cleaning(os.fspath(directory))
+    log.warning(
+        "the directory of the gateway's workers, %s, was removed: it is made again. Keep what cleans temporary files"
+        " from it, or set XDG_RUNTIME_DIR to a directory that is not cleaned",
+        directory,
+    )
+    return True
+
+
+def _check_private(directory: Path) -> None:
+    """Check that a directory is this user's alone, because its messages and settings are believed.
+
+    Raises:
+        StoreUnavailable: it is not.
+    """
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & _OTHERS:
+        why = "it was removed, and what is in its place is not a directory that only this user can open"
+        raise StoreUnavailable(where=str(directory), why=why, advice=_START_AGAIN)
+
+
 def remove_if_last(directory: Path) -> None:
     """Remove the private directory of a gateway's processes if no worker has a socket there any more."""
     if not any(directory.glob("*.sock")):
@@ -80,12 +120,14 @@ class WorkerChannel:
         directory: of the gateway's processes.
         number: of this worker.
         others: the numbers of the other workers.
+        on_restored: called in a thread once the directory, or the socket, was made again: what was in it may be gone.
     """
 
     def __init__(self, directory: Path, number: int, count: int) -> None:
         self.directory = directory
         self.number = number
         self.others = [other for other in range(count) if other != number]
+        self.on_restored: Callable[[], None] = _do_nothing
         self._server: asyncio.Server | None = None
         self._handlers: Mapping[str, MessageHandler] = {}
 
@@ -95,6 +137,20 @@ class WorkerChannel:
         path = socket_path(self.directory, self.number)
         listening = await asyncio.get_running_loop().run_in_executor(None, _listen, path)
         self._server = await asyncio.start_unix_server(self._serve, sock=listening)
+
+    async def keep(self) -> None:
+        """Keep the socket from what cleans old files; if it was removed, make it and its directory again.
+
+        Raises:
+            StoreUnavailable: it cannot be made again.
+        """
+        loop, path = asyncio.get_running_loop(), socket_path(self.directory, self.number)
+        if self._server is None or await loop.run_in_executor(None, _touch, path):
+            return
+        await loop.run_in_executor(None, restore_worker_directory, self.directory)
+        await loop.run_in_executor(None, self.on_restored)
+        self._server.close()
+        await self.open(self._handlers)
 
     async def close(self) -> None:
         """Answer no more messages."""
@@ -148,6 +204,19 @@ def socket_path(directory: Path, number: int) -> Path:
     return directory / f"{number}.sock"
 
 
+def _do_nothing() -> None:
+    """Do nothing: nobody keeps anything in the directory."""
+
+
+def _touch(path: Path) -> bool:
+    """Let a file look new; return False if it is missing."""
+    try:
+        os.utime(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _listen(path: Path) -> socket.socket:
     """Return a socket that listens at a path, in the place of one that nobody has any more.
 
@@ -155,8 +224,9 @@ def _listen(path: Path) -> socket.socket:
         StoreUnavailable: its directory was removed.
     """
     if not path.parent.is_dir():
-        advice = "Start the gateway again; until then it goes on with the workers that it has."
-        raise StoreUnavailable(where=str(path.parent), why="this directory of the workers was removed", advice=advice)
+        raise StoreUnavailable(
+            where=str(path.parent), why="this directory of the workers was removed", advice=_START_AGAIN
+        )
     path.unlink(missing_ok=True)
     listening = socket.socket(socket.AF_UNIX)
     try:

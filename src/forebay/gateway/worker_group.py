@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway import metric_definitions as definitions
 from forebay.gateway.metric_snapshot import (
@@ -24,6 +25,7 @@ _METRICS, _READINESS = "metrics", "readiness"  # kinds of messages
 _METRICS_TIMEOUT: Final = 2.0  # seconds; a scrape has ten by default
 _READINESS_TIMEOUT: Final = 0.5  # seconds; a probe of Kubernetes has one by default
 _DRAINING: Final = "draining"
+_KEEP_INTERVAL: Final = 5.0  # seconds between two writes of what was counted
 
 
 class Readiness(NamedTuple):
@@ -43,8 +45,9 @@ class Readiness(NamedTuple):
 class WorkerGroup:
     """The workers of one gateway, as one of them sees them.
 
-    What a worker has counted is written to a file before it is shown. The worker that replaces it begins with that, and
-    until then the others read the file, as they do if it does not answer. So no counter goes back.
+    What a worker has counted is written to a file before it is shown, and every few seconds. The worker that replaces
+    it begins with that, and until then the others read the file, as they do if it does not answer. So no counter goes
+    back, and a worker that is killed loses what it has counted in these seconds at most.
 
     Args:
         channel: to the others; not open yet.
@@ -64,6 +67,8 @@ class WorkerGroup:
         self._problems = problems
         self._inherited = MetricSnapshot()  # counted by the workers that this one replaces
         self._writing = asyncio.Lock()
+        self._keeper: asyncio.Task[None] | None = None
+        self._problem = ""  # why the directory cannot be made again, as it was logged
 
     async def open(self, handlers: Mapping[str, MessageHandler]) -> None:
         """Begin with what the worker has counted that this one replaces, and answer the others.
@@ -77,11 +82,35 @@ class WorkerGroup:
         await self._take()
         own: dict[str, MessageHandler] = {_METRICS: self._answer_metrics, _READINESS: self._answer_readiness}
         await self._channel.open({**own, **handlers})
+        self._keeper = loop.create_task(self._keep())
 
     async def close(self) -> None:
-        """Note what was counted since the last scrape, and answer no more."""
+        """Note what was counted, and answer no more."""
+        await self.stop_keeping()
         await self._take()
         await self._channel.close()
+
+    async def stop_keeping(self) -> None:
+        """Write nothing from now on but what is asked for."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.wait([keeper])
+
+    async def _keep(self) -> None:
+        """Write what was counted every few seconds, in a directory that is made again if it was removed."""
+        while True:
+            await asyncio.sleep(_KEEP_INTERVAL)
+            try:
+                await self._channel.keep()
+                await self._take()
+                self._problem = ""
+            except (ForebayError, OSError) as error:
+                if self._problem != str(error):
+                    self._problem = str(error)
+                    log.error("the other workers of this gateway cannot ask this one: %s", error)
+            except Exception:  # noqa: BLE001 - the calls go on, and so do the metrics of the others
+                log.exception("what this worker of the gateway has counted is not written, by a bug of the gateway")
 
     # --- metrics ---
 

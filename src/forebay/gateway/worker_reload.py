@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -122,7 +123,8 @@ class WorkerReload:
         self._directory = directory
         self._generation = generation
         self._prepare = prepare
-        self._prepared: tuple[int, PreparedReload] | None = None
+        self._prepared: tuple[SettingsInForce, PreparedReload] | None = None
+        self._in_force: SettingsInForce | None = None  # since the latest reload, as it was written
 
     @property
     def handlers(self) -> Mapping[str, MessageHandler]:
@@ -132,10 +134,23 @@ class WorkerReload:
     async def catch_up(self) -> None:
         """Serve by the settings of a reload that was decided meanwhile, if there was one."""
         written = await asyncio.get_running_loop().run_in_executor(None, read_settings, self._directory)
+        self._in_force = written or self._in_force
         if written is not None and written.generation > self._generation:
             prepared = await self._prepare(written.settings)
             await prepared.commit()
             self._generation = written.generation
+
+    def restore(self) -> None:
+        """Write the settings of the latest reload again if their file is missing. It blocks."""
+        if self._in_force is None:
+            return
+        made = self._directory / f"settings.{os.getpid()}"
+        with suppress(FileExistsError):  # the file is there, or another worker was faster
+            made.write_bytes(msgspec.msgpack.encode(self._in_force))
+            try:
+                os.link(made, _path(self._directory))
+            finally:
+                made.unlink()
 
     async def _answer_prepare(self, body: bytes) -> bytes:
         await self._answer_forget(b"")
@@ -147,13 +162,14 @@ class WorkerReload:
         except Exception as error:  # noqa: BLE001 - the gateway serves on, and the next reload may work
             log.exception("settings cannot be prepared, by a bug of the gateway")
             return f"a bug of the gateway: {type(error).__name__}".encode()
-        self._prepared = asked.generation, prepared
+        self._prepared = asked, prepared
         return _DONE
 
     async def _answer_commit(self, _: bytes) -> bytes:
         ready, self._prepared = self._prepared, None
         if ready is not None:
-            self._generation, prepared = ready
+            self._in_force, prepared = ready
+            self._generation = self._in_force.generation
             await prepared.commit()
         await self.catch_up()
         return _DONE

@@ -338,12 +338,14 @@ class Rejected(NamedTuple):
         limited_by: the part of the account that rejects it.
         load: how full that part is; 1.0 is full.
         retry_after: seconds after which to try again, or None if that is not known or would not help.
+        owner: whose limit it is, such as ``"key:writer"``, if it is not the account's; else empty.
     """
 
     reason: str
     limited_by: str
     load: float
     retry_after: float | None
+    owner: str = ""
 
 
 def scale_charge(charge: Charge, count: int) -> Charge:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from tests.support.task_plane import virtual
 
-from forebay import Budget, Quota, clock
+from forebay import Budget, Quota, Upstream, clock
 from forebay.errors import InvalidSetting, Overloaded
 from forebay.gateway.caller_ledgers import CallerLedgers
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
@@ -77,6 +77,20 @@ async def test_a_budget_is_one_for_all_processes() -> None:
     for limits in (first, second):
         with pytest.raises(Overloaded, match="budget of tenant 'acme'"):
             await limits.acquire(needs(usd=0.01))
+
+
+@virtual
+async def test_a_process_that_learns_that_a_budget_is_spent_names_its_caller() -> None:
+    store = MemoryLedgerStore()
+    first, second = (acme(store, budget=Budget(usd=10.0, per="day")) for _ in range(2))
+    await spend(first, 10.0)
+    target = Upstream("openai").core.accounts.account("m")
+    request = needs(usd=1.0)
+    request.budgets = second.budgets
+    await second.acquire(request)  # it may be affordable, as far as this process knows
+    with pytest.raises(Overloaded, match="budget of tenant 'acme'") as caught:
+        await target.acquire(request)
+    assert caught.value.limited_by == "tenant:acme:budget"
 
 
 async def spend(limits: CallerLimits, usd: float) -> None:

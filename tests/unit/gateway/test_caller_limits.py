@@ -7,12 +7,12 @@ import asyncio
 import pytest
 from tests.support.task_plane import virtual
 
-from forebay import Budget, Quota, clock
+from forebay import Budget, Quota, Upstream, clock
 from forebay.errors import Overloaded
 from forebay.gateway.caller_limits import CallerHold, CallerLimits
-from forebay.interfaces import Charge
+from forebay.interfaces import Charge, Outcome
 from forebay.task import Priority
-from forebay.upstream.call_request import CallRequest, Unmetered
+from forebay.upstream.call_request import CallOutcome, CallRequest, Unmetered
 
 
 def needs(tokens: int = 0, *, within: float = 600.0, usd: float = 0.0, **how: object) -> CallRequest:
@@ -136,6 +136,19 @@ async def test_a_spent_budget_rejects_before_anything_else_is_taken() -> None:
     assert caught.value.limited_by == "tenant:acme:budget"
     (await limits.acquire(needs(usd=0.2, free=True))).release()
     assert limits.in_progress == 0
+
+
+@virtual
+async def test_a_budget_that_is_spent_while_a_call_waits_for_its_target_is_named_as_that_of_the_caller() -> None:
+    limits = acme(budget=Budget(usd=1.0))
+    target = Upstream("openai", max_concurrent=1).core.accounts.account("m")
+    first = await target.acquire(needs(usd=0.4, budgets=limits.budgets))
+    waiting = asyncio.create_task(target.acquire(needs(usd=0.6, budgets=limits.budgets)))
+    await asyncio.sleep(0.1)
+    target.settle(first, CallOutcome(kind=Outcome.SUCCESS, usd=0.9))
+    with pytest.raises(Overloaded, match=r"^Rejected: the budget of tenant 'acme' would be overspent") as caught:
+        await waiting
+    assert caught.value.limited_by == "tenant:acme:budget"
 
 
 @virtual

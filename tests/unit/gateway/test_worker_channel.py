@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from pathlib import Path
 
 import pytest
+from tests.support.issued_keys import in_thread
 
 from forebay.errors import StoreUnavailable
-from forebay.gateway.worker_channel import WorkerChannel, make_worker_directory, remove_if_last, socket_path
+from forebay.gateway.worker_channel import (
+    WorkerChannel,
+    make_worker_directory,
+    remove_if_last,
+    restore_worker_directory,
+    socket_path,
+)
 
 
 def test_only_this_user_can_open_the_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,6 +43,37 @@ def test_what_cleans_temporary_files_leaves_the_directory_alone(
 async def test_a_worker_whose_directory_was_removed_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable, match=r"was removed.*Start the gateway again"):
         await WorkerChannel(tmp_path / "removed", 0, 2).open({})
+
+
+async def test_a_worker_whose_socket_is_removed_with_its_directory_can_be_asked_again(tmp_path: Path) -> None:
+    async def echo(body: bytes) -> bytes:
+        return body
+
+    directory = tmp_path / "workers"
+    directory.mkdir(mode=0o700)
+    one, other = WorkerChannel(directory, 0, 2), WorkerChannel(directory, 1, 2)
+    await other.open({"echo": echo})
+    await other.keep()
+    assert await one.ask_others("echo", b"a", within=60.0) == {1: b"a"}
+    await in_thread(shutil.rmtree, directory)
+    assert await one.ask_others("echo", b"a", within=60.0) == {1: None}
+    await other.keep()
+    assert await one.ask_others("echo", b"a", within=60.0) == {1: b"a"}
+    assert stat.S_IMODE((await in_thread(directory.stat)).st_mode) == 0o700
+    await other.close()
+    assert await one.ask_others("echo", b"a", within=60.0) == {1: None}
+
+
+@pytest.mark.parametrize("place", ["open to others", "a link"])
+def test_a_directory_that_others_may_have_made_is_not_used(tmp_path: Path, place: str) -> None:
+    directory = tmp_path / "workers"
+    if place == "a link":
+        directory.symlink_to(tmp_path)
+    else:
+        directory.mkdir()
+        directory.chmod(0o755)
+    with pytest.raises(StoreUnavailable, match="not a directory that only this user can open"):
+        restore_worker_directory(directory)
 
 
 def test_a_path_that_is_too_long_for_a_socket_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

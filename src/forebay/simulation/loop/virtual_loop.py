@@ -62,6 +62,7 @@ class VirtualLoop(NoIOLoop):
         virtual: always True. Code that would watch the loop from a thread, in real time, checks it.
         random: a generator for models; the loop draws from other generators.
         errors: errors that no code handled, in order. asyncio only logs them.
+        suspension: seconds for which its machine was suspended, see `suspend`.
         steps: callbacks run so far.
 
     Raises:
@@ -103,6 +104,7 @@ class VirtualLoop(NoIOLoop):
         self.max_time = max_time
         self.max_steps = max_steps
         self.executor_delay = executor_delay
+        self.suspension = 0.0
         self._epoch = epoch
         self._jitter = jitter
         self._timer_random = random.Random(f"{seed} lateness").random
@@ -135,6 +137,12 @@ class VirtualLoop(NoIOLoop):
         """Move the wall clock by `seconds`, as an operator or a time server does; the loop's own time goes on."""
         _check("step_wall_time", seconds, math.isfinite(seconds), "a finite number of seconds")
         self._epoch += seconds
+
+    def suspend(self, seconds: float) -> None:
+        """Suspend the machine, as a closed lid does: the wall clock goes on, and the loop's own time does not."""
+        _check("suspend", seconds, 0 <= seconds < math.inf, "a number of seconds, at least 0")
+        self._epoch += seconds
+        self.suspension += seconds
 
     def stall(self, seconds: float) -> None:
         """Advance the clock by `seconds` without running callbacks, as code that blocks the loop does."""

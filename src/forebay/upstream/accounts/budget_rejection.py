@@ -18,7 +18,15 @@ def describe_amount(budget: Budget) -> str:
 
 
 def budget_rejection(  # noqa: PLR0913 - the facts about a budget
-    name: str, budget: Budget, usd: float, *, used: float, resets_in: float | None, affordable_later: bool, draw: float
+    name: str,
+    budget: Budget,
+    usd: float,
+    *,
+    used: float,
+    resets_in: float | None,
+    affordable_later: bool,
+    draw: float,
+    owner: str = "",
 ) -> Rejected:
     """Return the rejection of a call for which `usd` dollars cannot be reserved now.
 
@@ -30,6 +38,7 @@ def budget_rejection(  # noqa: PLR0913 - the facts about a budget
         resets_in: seconds until the budget renews; None for never.
         affordable_later: the call could be paid if nothing were reserved.
         draw: a random number from [0, 1).
+        owner: see `Rejected`.
     """
     retry_after = None if usd > budget.usd else resets_in
     if affordable_later:  # calls under way hold the most that they may cost, and return what they do not
@@ -41,4 +50,4 @@ def budget_rejection(  # noqa: PLR0913 - the facts about a budget
         f"{name} would be overspent: it has {describe_amount(budget)}{kept}, of which {used:,.3g} are"
         f" spent or reserved, and this may cost {usd:,.3g}{advice}"
     )
-    return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after)
+    return Rejected(reason, "budget", math.inf if retry_after is None else used / budget.usd, retry_after, owner)

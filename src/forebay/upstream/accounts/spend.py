@@ -27,20 +27,29 @@ _KEEP_TASK: Final = 30 * 86400.0  # seconds for which the budget of a task witho
 _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last call is longest ago is forgotten first
 
 
-class SharedBudget:
-    """A budget that the calls of several accounts spend from. Safe to use from any thread.
+class ThreadSafeBudget:
+    """A budget of this process, which the calls of several accounts spend from. Safe to use from any thread.
 
     Args:
         name: in messages.
         budget: the amount and its period.
+        owner: whose it is, in rejections; empty for the account. See `Rejected`.
         on_alert: called once an alert is due, with the share of it and the dollars spent. It may not block, or use the
             budget.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_on_alert", "_tracker", "name")
+    __slots__ = ("__weakref__", "_lock", "_on_alert", "_owner", "_tracker", "name")
 
-    def __init__(self, name: str, budget: Budget, *, on_alert: Callable[[float, float], None] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        budget: Budget,
+        *,
+        owner: str = "",
+        on_alert: Callable[[float, float], None] | None = None,
+    ) -> None:
         self.name = name
+        self._owner = owner
         self._tracker = BudgetTracker(budget)
         self._on_alert = on_alert
         self._lock = threading.Lock()
@@ -77,6 +86,7 @@ class SharedBudget:
             resets_in=resets_in,
             affordable_later=affordable_later,
             draw=clock.draw() if affordable_later else 0.0,
+            owner=self._owner,
         )
 
     def try_reserve(self, usd: float, priority: Priority) -> SpendReservation | None:
@@ -142,11 +152,11 @@ class SharedBudget:
 
 
 class _HeldDollars:
-    """The dollars of a shared budget that are held for one call. It keeps the budget alive. See `SpendReservation`."""
+    """The dollars of a budget that are held for one call. It keeps the budget alive. See `SpendReservation`."""
 
     __slots__ = ("_budget", "_reservation")
 
-    def __init__(self, budget: SharedBudget, reservation: BudgetReservation) -> None:
+    def __init__(self, budget: ThreadSafeBudget, reservation: BudgetReservation) -> None:
         self._budget = budget
         self._reservation = reservation
 
@@ -178,7 +188,7 @@ class LoggedBudget:
         return self._log.alerted(self._place, period)
 
 
-UpstreamBudget: TypeAlias = SharedBudget | LeasedBudget
+UpstreamBudget: TypeAlias = ThreadSafeBudget | LeasedBudget
 
 
 class UpstreamBudgets:
@@ -327,7 +337,7 @@ class UpstreamBudgets:
         if self._link is not None:
             history = None if self._spend_log is None else LoggedBudget(self._spend_log, place)
             return self._lease(self._link, name, budget, setting, subject, history=history, on_alert=on_alert)
-        made = SharedBudget(name, budget, on_alert=on_alert)
+        made = ThreadSafeBudget(name, budget, on_alert=on_alert)
         if self._spend_log is not None:
             now = clock.wall_time()
             spent = self._spend_log.spent(place, budget.per, now)
@@ -383,7 +393,7 @@ class UpstreamBudgets:
             name = f"the budget that all tenants beyond {_MAX_TENANTS:,} share"
             link = self._link
             self._further_tenants = (
-                SharedBudget(name, self._tenant)
+                ThreadSafeBudget(name, self._tenant)
                 if link is None
                 else self._lease(link, name, self._tenant, "further_tenants")
             )

@@ -214,6 +214,8 @@ class ThreadSafeAccount:
         now = clock.now()
         request.holder = find_holder(self.account)
         with self._lock:  # check and take are one step: no await in here
+            if self._lease is not None:
+                self._lease.count_suspension()
             decision = self.account.try_acquire(now, request)
             if not request.free and not (isinstance(decision, Rejected) and decision.load == math.inf):
                 self._learn_typical(request)  # but not from one that was too large at any time: it would block all runs
@@ -245,9 +247,10 @@ class ThreadSafeAccount:
         """Count a rejection, and return it as an error."""
         with self._lock:
             self.account.count_rejected()
+        owner = rejected.owner
         error = Overloaded(
-            f"{self._upstream}: {rejected.reason}",
-            limited_by=f"{self.name}:{rejected.limited_by}",
+            rejected.reason if owner else f"{self._upstream}: {rejected.reason}",
+            limited_by=f"{owner or self.name}:{rejected.limited_by}",
             load=rejected.load,
             retry_after=rejected.retry_after,
         )
@@ -293,6 +296,8 @@ class ThreadSafeAccount:
 
     def _serve_queue(self, now: float) -> Iterable[Callable[[], None]]:
         """Answer queued calls; return the callbacks of the holders whose runs may start now, to be called unlocked."""
+        if self._lease is not None:
+            self._lease.count_suspension()
         if self.account.queue.length:
             self.account.serve_queue(now)
         if self._link is not None and self.account.queue.length:

@@ -10,7 +10,7 @@ from forebay.limit import FixedLimit
 from forebay.quota import Budget, RateLimiter
 from forebay.task import Priority
 from forebay.upstream.accounts.account import Account
-from forebay.upstream.accounts.spend import SharedBudget
+from forebay.upstream.accounts.spend import ThreadSafeBudget
 from forebay.upstream.accounts.spend_suspension import SpendSuspension
 from forebay.upstream.call_request import Admitted, CallBudget, CallOutcome, CallRequest, Permit, Rejected
 
@@ -31,7 +31,7 @@ def account_of(*budgets: CallBudget) -> Account:
     )
 
 
-class LastMomentBudget(SharedBudget):
+class LastMomentBudget(ThreadSafeBudget):
     """A shared budget of which another account takes a dollar between the check and the reservation of this one."""
 
     def can_afford(self, usd: float, priority: Priority) -> bool:
@@ -41,7 +41,7 @@ class LastMomentBudget(SharedBudget):
 
 
 def test_two_accounts_that_both_see_the_last_dollar_spend_it_once() -> None:
-    other, last = SharedBudget("the budget of a", Budget(usd=5)), LastMomentBudget("the budget of b", Budget(usd=1))
+    other, last = ThreadSafeBudget("the budget of a", Budget(usd=5)), LastMomentBudget("the budget of b", Budget(usd=1))
     account = account_of(other, last)
     answer = account.try_acquire(0.0, CallRequest(usd=1.0))
     assert isinstance(answer, Rejected)
@@ -52,7 +52,7 @@ def test_two_accounts_that_both_see_the_last_dollar_spend_it_once() -> None:
 
 
 def test_dollars_that_calls_under_way_hold_may_be_returned_soon() -> None:
-    budget = SharedBudget("the budget of a", Budget(usd=10, per="day", reserved_share=0.1))
+    budget = ThreadSafeBudget("the budget of a", Budget(usd=10, per="day", reserved_share=0.1))
     held = budget.try_reserve(6.0, Priority.NORMAL)
     assert held is not None
     soon = budget.rejection(5.0, Priority.NORMAL).retry_after

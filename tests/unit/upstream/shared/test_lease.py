@@ -10,13 +10,21 @@ import pytest
 
 from forebay import clock
 from forebay.quota import Budget
+from forebay.task import Priority
 from forebay.upstream.accounts.refusals import RefusalControl
 from forebay.upstream.call_request import CallRequest
 from forebay.upstream.shared.leases.account_lease import AccountLease
 from forebay.upstream.shared.leases.lease import LedgerLease
 from forebay.upstream.shared.leases.leased_budget import LeasedBudget
 from forebay.upstream.shared.ledger.ledger import AccountLedger
-from forebay.upstream.shared.ledger.messages import LEASE, ExchangeReply, ExchangeRequest, LedgerTerms, QuotaTerms
+from forebay.upstream.shared.ledger.messages import (
+    LEASE,
+    LEASE_MARGIN,
+    ExchangeReply,
+    ExchangeRequest,
+    LedgerTerms,
+    QuotaTerms,
+)
 
 TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 600.0, 60.0),), max_concurrent=8)
 START = 1_767_225_600.0
@@ -155,6 +163,42 @@ def test_a_process_that_was_paused_has_no_share_of_its_own(link: FakeLink) -> No
     link.failed_at = LEASE + 10.0  # its first attempt after the pause fails
     assert lease.slots(LEASE + 11.0) == 0
     assert lease.buckets[0].usable(LEASE + 20.0) == 0.0
+
+
+def test_a_lease_ends_earlier_by_the_time_for_which_the_machine_was_suspended(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    grant(lease, 10.0, now=0.0)
+    monkeypatch.setattr(clock, "suspension", lambda: 1.0)
+    lease.count_suspension()
+    assert lease.until == pytest.approx(LEASE - LEASE_MARGIN - 1.0)
+    lease.count_suspension()  # it is counted once
+    assert lease.until == pytest.approx(LEASE - LEASE_MARGIN - 1.0)
+
+
+def test_a_lease_counts_a_suspension_while_its_request_was_under_way(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = AccountLease(link, "l", TERMS)
+    request = lease.prepare(0.0)
+    reply = AccountLedger.open(START, request).exchange(START, request)
+    monkeypatch.setattr(clock, "suspension", lambda: 60.0)
+    lease.apply(0.1, request, reply)
+    assert not lease.is_leased(0.1)
+
+
+def test_dollars_that_a_suspended_process_has_leased_are_not_spent(
+    link: FakeLink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "now", lambda: 1.0)
+    budget = LeasedBudget(link, "l", "the budget", Budget(usd=10.0))
+    budget.wait(5.0, Priority.NORMAL)
+    request = budget.prepare(1.0)
+    budget.apply(1.0, request, AccountLedger.open(START, request).exchange(START, request))
+    assert budget.wait(1.0, Priority.NORMAL) == 0.0
+    monkeypatch.setattr(clock, "suspension", lambda: 60.0)
+    assert budget.try_reserve(1.0, Priority.NORMAL) is None
 
 
 def test_a_process_keeps_its_fair_share_while_the_store_is_away(link: FakeLink) -> None:

@@ -7,6 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import Final, Protocol
 
+from forebay import clock
 from forebay._text import format_duration
 from forebay.events import log
 from forebay.upstream.call_request import Rejected
@@ -32,6 +33,7 @@ _HEARTBEAT: Final = 0.5  # seconds between exchanges of a process that has calls
 _SLOW_HEARTBEAT: Final = 1.5  # ... of one that has none
 _CONFLICT_RETRY: Final = 1.0  # seconds
 _SETTLING_RETRY: Final = 0.1  # ... of a process whose settings have just been changed
+_SUSPENDED: Final = 0.001  # seconds, above the resolution of clocks
 SETTLING: Final = 10.0
 """Seconds after a change of settings in which calls wait for processes that have the old ones yet."""
 
@@ -105,6 +107,7 @@ class LedgerLease(ABC):
         self._epoch = ""
         self._pending: ExchangeRequest | None = None
         self._sent_at = -math.inf
+        self._suspension = clock.suspension()  # which `until` and `_sent_at` count
         self._busy_at = -math.inf  # when it had something to do last
 
     # --- the state ---
@@ -112,6 +115,17 @@ class LedgerLease(ABC):
     def is_leased(self, now: float) -> bool:
         """Return whether the lease lasts, so that what is held may be used."""
         return now < self.until
+
+    def count_suspension(self) -> None:
+        """Let the lease end earlier by the time for which the machine was suspended: `now` does not count it.
+
+        Called before what is held is used: other processes may have got it meanwhile.
+        """
+        passed = clock.suspension() - self._suspension
+        if passed > _SUSPENDED:
+            self._suspension += passed
+            self._sent_at -= passed
+            self.until -= passed
 
     def is_away(self, now: float) -> bool:
         """Return whether the lease has ended because the store is away: then this process has its fair share.
@@ -169,6 +183,7 @@ class LedgerLease(ABC):
     def prepare(self, now: float) -> ExchangeRequest:
         """Return the request to send: one that was not answered as it is, or a new one. It takes the lock."""
         with self.lock:
+            self.count_suspension()
             if self._pending is None:
                 if self.is_busy(now) or self._busy_at == -math.inf:
                     self._busy_at = now
@@ -216,6 +231,7 @@ class LedgerLease(ABC):
         with self.lock:
             if request is not self._pending:  # a fork, meanwhile
                 return
+            self.count_suspension()
             self._pending = None
             conflict, self.conflict = self.conflict, reply.conflict
             if reply.conflict is not None:

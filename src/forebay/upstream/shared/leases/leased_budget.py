@@ -47,7 +47,7 @@ class BudgetHistory(Protocol):
 
 
 class LeasedBudget(LedgerLease):
-    """The lease of this process on a budget, which the calls of several accounts spend from. See `SharedBudget`.
+    """The lease of this process on a budget, which the calls of several accounts spend from. See `ThreadSafeBudget`.
 
     Safe to use from any thread. Money that was granted for a HIGH or CRITICAL call, and may come out of the share that
     is reserved for them, is spent by such calls only.
@@ -57,6 +57,7 @@ class LeasedBudget(LedgerLease):
         key: see `LedgerLease`.
         name: of the budget, in rejections.
         budget: the amount and its period.
+        owner: whose it is, in rejections; empty for the account. See `Rejected`.
         forget_after: see `BudgetTerms`.
         history: with which the ledger begins if it is new; None: with nothing spent.
         on_alert: called once an alert is due that this process is to give for all, with the share of the budget and the
@@ -70,12 +71,14 @@ class LeasedBudget(LedgerLease):
         name: str,
         budget: Budget,
         *,
+        owner: str = "",
         forget_after: float | None = None,
         history: BudgetHistory | None = None,
         on_alert: Callable[[float, float], None] | None = None,
     ) -> None:
         self.name = name
         self.budget = budget
+        self._owner = owner
         self._forget_after = forget_after
         self._history = history
         self._on_alert = on_alert
@@ -131,6 +134,7 @@ class LeasedBudget(LedgerLease):
         now = clock.now()
         check_dollars(usd)
         with self.lock:
+            self.count_suspension()
             if self.is_away(now):
                 left = self._own_share(now, priority)
                 return left > 0.0 and usd <= left * (1.0 + _EPSILON)
@@ -143,6 +147,7 @@ class LeasedBudget(LedgerLease):
         """Return the seconds until `usd` dollars are expected to be leased; 0 if they are. It asks for them."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if self._covers(now, usd, priority):
                 return 0.0
             self._is_asked = True
@@ -156,6 +161,7 @@ class LeasedBudget(LedgerLease):
         """Reserve `usd` dollars, or return None if they are not leased."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if not self._covers(now, usd, priority):
                 return None
             kept = min(self._kept, usd) if priority <= Priority.HIGH else 0.0
@@ -203,8 +209,9 @@ class LeasedBudget(LedgerLease):
         """Return the rejection of a call for which `usd` dollars cannot be reserved, now or soon."""
         now = clock.now()
         with self.lock:
+            self.count_suspension()
             if (unusable := self.unusable(now)) is not None:
-                return unusable
+                return unusable._replace(owner=self._owner)
             away = self.is_away(now)
             used = self.budget.usd - max(0.0, self._own_share(now, priority)) if away else self._taken(now)
             spent = used if away else used - self._reserved_by_all(now)
@@ -222,6 +229,7 @@ class LeasedBudget(LedgerLease):
             resets_in=resets_in,
             affordable_later=affordable_later,
             draw=clock.draw() if affordable_later else 0.0,
+            owner=self._owner,
         )
 
     # --- statistics ---

@@ -62,6 +62,7 @@ class LedgerLink:
         self._loop: ExchangeLoop | None = None
         self._planned = math.inf  # when the loop looks next
         self._failed_at = math.inf  # when the first of the latest exchanges failed
+        self._suspension_then = 0.0  # see `clock.suspension`
         self._retry_at = -math.inf
         self._retry_delay = _RETRY[0]
         self._error: BaseException | None = None
@@ -106,8 +107,10 @@ class LedgerLink:
         return self._error is not None
 
     def failing_since(self) -> float:
-        """See `ExchangeLink`."""
-        return self._failed_at
+        """See `ExchangeLink`. As a lease does, it counts the time for which the machine was suspended since."""
+        if self._failed_at == math.inf:
+            return math.inf
+        return self._failed_at - (clock.suspension() - self._suspension_then)
 
     def describe_failure(self) -> str:
         """See `ExchangeLink`."""
@@ -145,7 +148,7 @@ class LedgerLink:
         """Repeat a batch that was not answered, after a while."""
         now = clock.now()
         if self._error is None:
-            self._failed_at = now
+            self._failed_at, self._suspension_then = now, clock.suspension()
         if now - self._failed_at >= _REPORT_AFTER and not self._is_reported:
             self._is_reported = True
             log.warning(
