@@ -305,7 +305,7 @@ def check_budgets(upstream: Upstream, script: Script) -> None:
     in_flight = sum(shared.account.peak_in_flight for shared in upstream.core.accounts)
     for budget in upstream.core.budgets.all_budgets():
         bound = budget.usd + in_flight * (MAX_OVERSPEND - 1) * most * PRICE / 1e6
-        assert budget.spent() <= bound
+        assert (budget.spent() or 0.0) <= bound
 
 
 async def check_it_still_serves(upstream: Upstream, script: Script) -> None:

@@ -17,6 +17,8 @@ from tests.support.metric_samples import total
 from forebay.gateway import TenantSettings
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
+from forebay.upstream.accounts import spend as accounts_spend
+from forebay.upstream.shared.leases.leased_budget import LeasedBudget
 
 PRICES = {"*": Price(input=0, output=25_000)}  # the answer's 20 tokens cost half a dollar, as is expected
 REQUEST = {**CHAT_REQUEST, "max_tokens": 20}
@@ -125,6 +127,20 @@ async def test_what_a_target_had_spent_before_a_store_was_shared_stays_spent(
         assert await statuses(harness, [alone], 3, headers=IMPATIENT) == [200] * 3
     async with Gateway(harness.settings(gateway={**log, "shared": store}, **how)) as sharing:
         assert await statuses(harness, [sharing], 3, headers=IMPATIENT) == [200, 402, 402]
+
+
+async def test_a_gateway_that_was_restarted_shows_what_was_spent_before_its_first_call(
+    harness: GatewayHarness, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accounts_spend, "_FIRST_ANSWER", 60.0)
+    how: dict[str, Any] = {"prices": PRICES, "share_keys": True, "budget_usd": 2.0, "gateway": {"shared": store}}
+    async with Gateway(harness.settings(**how)) as gateway:
+        assert await statuses(harness, [gateway], 3, headers=IMPATIENT) == [200] * 3
+        budget = gateway.forwarder.targets[0].upstream.core.budgets.upstream_budget
+        assert isinstance(budget, LeasedBudget)
+        await until(lambda: not budget._spent and not budget.is_asking)  # the ledger has all
+    async with Gateway(harness.settings(**how)) as restarted:
+        assert total(restarted, "forebay_budget_spent_usd", target="openai") == pytest.approx(1.5)
 
 
 async def test_what_a_key_had_spent_before_a_store_was_shared_stays_spent(

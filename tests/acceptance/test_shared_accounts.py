@@ -11,7 +11,8 @@ from forebay import Budget, Overloaded, Price, Quota, Upstream, clock
 from forebay.breaker import BreakerRules, FaultWindow, consecutive_faults
 from forebay.errors import InvalidSetting
 from forebay.events import BudgetAlert, Event
-from forebay.simulation.loop import virtual_loop
+from forebay.simulation import simulate, virtual_loop
+from forebay.upstream.accounts import spend as accounts_spend
 from forebay.upstream.shared.ledger.messages import LEASE
 from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
@@ -44,6 +45,59 @@ async def test_upstreams_of_different_names_do_not_share() -> None:
     for name in ("one", "other"):
         async with Upstream(name, quotas=quotas, shared=store).call():
             pass
+
+
+async def spend(upstream: Upstream, tokens: int) -> None:
+    async with upstream.call("m", output_tokens=tokens) as call:
+        call.settle(input_tokens=0, output_tokens=tokens)
+
+
+@virtual
+async def test_a_process_that_has_made_no_call_is_told_what_others_have_spent() -> None:
+    store = MemoryLedgerStore()
+    first, restarted = (
+        Upstream("key", budget=Budget(usd=10.0), prices={"m": Price(input=0, output=1_000)}, shared=store)
+        for _ in range(2)
+    )
+    await spend(first, 3_000)
+    await asyncio.sleep(1.0)
+    assert restarted.statistics().spent_usd is None, "it is not known yet, and not 0"
+    await asyncio.sleep(0.1)
+    assert restarted.statistics().spent_usd == pytest.approx(3.0)
+    await spend(first, 2_000)
+    await asyncio.sleep(60.0)
+    restarted.statistics()  # it asks again
+    await asyncio.sleep(0.1)
+    assert restarted.statistics().spent_usd == pytest.approx(5.0)
+
+
+@virtual
+async def test_a_process_that_only_asks_what_was_spent_leaves_the_ledger_soon() -> None:
+    store = MemoryLedgerStore()
+    upstream = Upstream("key", budget=Budget(usd=10.0), shared=store)
+    upstream.statistics()
+    await asyncio.sleep(0.1)
+    (ledger,) = store.ledgers.values()
+    assert len(ledger.state.members) == 1
+    await asyncio.sleep(4.0)
+    assert not ledger.state.members
+
+
+def test_a_thread_without_an_event_loop_is_told_at_once_what_others_have_spent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = MemoryLedgerStore()
+
+    def start() -> Upstream:
+        return Upstream("key", budget=Budget(usd=10.0), prices={"m": Price(input=0, output=1_000)}, shared=store)
+
+    async def spend_in_another_process() -> None:
+        await spend(start(), 3_000)
+        await asyncio.sleep(1.0)
+
+    simulate(spend_in_another_process, seed=1)
+    monkeypatch.setattr(accounts_spend, "_FIRST_ANSWER", 60.0)
+    assert start().statistics().spent_usd == pytest.approx(3.0)
 
 
 @virtual

@@ -4303,6 +4303,10 @@ def the_account_that_had_the_last_call_gets_the_next_one_too() -> None:
     always(AccountLease, AccountLease.exchange_wait, returns=-1.0)
 
 
+def what_was_spent_of_a_shared_budget_is_not_known_before_a_call() -> None:
+    always(LeasedBudget, LeasedBudget.ask_spent, returns=None)
+
+
 def a_lease_lasts_on_though_its_machine_was_suspended() -> None:
     always(LedgerLease, LedgerLease.count_suspension, returns=None)
 

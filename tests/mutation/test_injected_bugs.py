@@ -467,6 +467,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.the_account_that_had_the_last_call_gets_the_next_one_too: (
         test_account_calls.test_idle_accounts_share_calls_by_their_weights
     ),
+    bugs.what_was_spent_of_a_shared_budget_is_not_known_before_a_call: (
+        test_shared_accounts.test_a_process_that_has_made_no_call_is_told_what_others_have_spent
+    ),
     bugs.a_lease_lasts_on_though_its_machine_was_suspended: (
         test_shared_accounts.test_a_machine_that_was_suspended_asks_before_it_uses_what_it_had_leased
     ),

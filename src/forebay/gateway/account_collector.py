@@ -55,7 +55,7 @@ class AccountCollector(Collector):
             statistics = target.upstream.statistics()
             families[definitions.ACCOUNTS].add_metric([target.name], len(statistics.accounts))
             families[definitions.UNPRICED].add_metric([target.name], statistics.unpriced)
-            _add_budget(families, target)
+            _add_budget(families, target, statistics.spent_usd)
             for account in heapq.nlargest(self.max_accounts, statistics.accounts, key=_activity):
                 _add_account(families, [target.name, account.name], account)
         return families.values()
@@ -66,17 +66,14 @@ def _new_family(definition: MetricDefinition) -> GaugeMetricFamily | CounterMetr
     return kind(definition.name, definition.text, labels=definition.labels)
 
 
-def _add_budget(families: _Families, target: Target) -> None:
+def _add_budget(families: _Families, target: Target, spent: float | None) -> None:
+    """Add the gauges of a budget; those of what is spent only if that is known."""
     budget = target.upstream.core.budgets.upstream_budget
     if budget is None:
         return
-    spent, (_, reserved) = budget.spent(), budget.reserved()
-    values = {
-        definitions.BUDGET_LIMIT: budget.usd,
-        definitions.BUDGET_SPENT: spent,
-        definitions.BUDGET_RESERVED: reserved,
-        definitions.BUDGET_USED: spent / budget.usd,
-    }
+    values = {definitions.BUDGET_LIMIT: budget.usd, definitions.BUDGET_RESERVED: budget.reserved()[1]}
+    if spent is not None:
+        values |= {definitions.BUDGET_SPENT: spent, definitions.BUDGET_USED: spent / budget.usd}
     for definition, value in values.items():
         families[definition].add_metric([target.name], value)
 

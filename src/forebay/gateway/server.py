@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from shutil import rmtree
 from types import MappingProxyType, TracebackType
@@ -54,6 +54,7 @@ from forebay.gateway.worker_reload import (
 )
 from forebay.quota.prices import load_price_list
 from forebay.spend_log import SpendLog
+from forebay.upstream.core import UpstreamCore
 
 _TOO_MANY_CONNECTIONS: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\ncontent-type: application/json\r\n"
@@ -447,6 +448,8 @@ class Gateway:
                 keys=keys,
                 ledgers=self._ledgers,
             )
+            if self.settings.shared is not None:
+                await loop.run_in_executor(None, _learn_spent, [each.upstream.core for each in self.forwarder.targets])
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
             await self._join_workers()
@@ -705,6 +708,13 @@ def _reason(error: OSError) -> str:
     """Return the system's message; asyncio's own repeats the address."""
     number = error.errno or 0  # negative if a name was not found
     return os.strerror(number) if number > 0 else error.strerror or str(error)
+
+
+def _learn_spent(upstreams: Iterable[UpstreamCore]) -> None:
+    """Learn what was spent of shared budgets, so that the first scrape shows it. A store that is away is left alone."""
+    for upstream in upstreams:
+        if upstream.budgets.upstream_budget is not None and upstream.budgets.spent() is None:
+            return
 
 
 def run_forever(

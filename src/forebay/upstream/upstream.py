@@ -308,7 +308,12 @@ class Upstream:
         return tuple(Reading(account.name, account.load()[0]) for account in self.core.accounts)
 
     def statistics(self) -> UpstreamStatistics:
-        """Return a snapshot of the statistics."""
+        """Return a snapshot of the statistics.
+
+        What all processes have spent of a shared budget is as the store told it last, which is asked again if that was
+        more than a second ago. Its first answer is waited for, for a second at most, unless an event loop is running in
+        this thread: then ``spent_usd`` is None until it has come.
+        """
         return snapshot(self.core)
 
 

@@ -66,7 +66,8 @@ class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
 
     Attributes:
         name: the upstream's.
-        spent_usd: dollars spent in this period of its budget; None without a budget.
+        spent_usd: dollars spent in this period of its budget, by all processes if it is shared; None without a budget,
+            and while a shared one is not known yet. See `Upstream.statistics`.
         unpriced: calls whose price was not known, which were rejected or counted as free; 0 with neither a budget
             nor a spend log.
         accounts: each of its accounts.
@@ -86,10 +87,9 @@ class UpstreamStatistics(JsonStruct, frozen=True, kw_only=True):
 def snapshot(core: UpstreamCore) -> UpstreamStatistics:
     """Return the statistics of an upstream now."""
     now = clock.now()
-    budget = core.budgets.upstream_budget
     return UpstreamStatistics(
         name=core.name,
-        spent_usd=None if budget is None else budget.spent(),
+        spent_usd=core.budgets.spent(),
         unpriced=core.unpriced_calls,
         accounts=tuple(_account_statistics(account, now) for account in core.accounts),
         used=core.recorder.table.total,

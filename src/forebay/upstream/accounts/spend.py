@@ -24,6 +24,7 @@ from forebay.upstream.weak_lru import WeakLRU
 
 _MAX_TENANTS: Final = 131_072  # budgets of tenants: of those that have spent none is forgotten in its period
 _KEEP_TASK: Final = 30 * 86400.0  # seconds for which the budget of a task without calls is kept for all processes
+_FIRST_ANSWER: Final = 1.0  # seconds for which the first answer of a ledger is waited for
 _MAX_TASKS: Final = 131_072  # budgets of tasks; that of the task whose last call is longest ago is forgotten first
 
 
@@ -291,6 +292,20 @@ class UpstreamBudgets:
         yield "budget", [] if self.upstream_budget is None else [self.upstream_budget]
         yield "tenant_budget", [*self._tenants.values(), *([self._further_tenants] if self._further_tenants else [])]
         yield "task_budget", self._tasks.values()
+
+    def spent(self) -> float | None:
+        """Return the dollars spent of the budget of all calls in its period; None without one, or if it is not known.
+
+        The ledger of a shared budget is asked, unless it has just told it. Its first answer is waited for, for a second
+        at most, where no event loop is running.
+        """
+        budget = self.upstream_budget
+        if not isinstance(budget, LeasedBudget):
+            return None if budget is None else budget.spent()
+        budget.ask_spent()
+        if self._link is not None and budget.spent() is None and clock.running_loop() is None:
+            self._link.wait_until(lambda: budget.spent() is not None or budget.conflict is not None, _FIRST_ANSWER)
+        return budget.spent()
 
     def lease_wait(self, request: CallRequest) -> float:
         """Return the seconds until the money of a call is expected to be leased; 0 if it is. It is asked for then."""

@@ -34,6 +34,8 @@ _LOW: Final = 0.5  # of the idle dollars after an exchange
 _MEMORY: Final = 1.0  # seconds over which the spending is measured
 _EPSILON: Final = 1e-12  # relative
 _REPORT: Final = 0.1  # seconds until what was spent is reported, at most
+_OLD: Final = 1.0  # seconds after which the ledger is asked again for what all have spent, if somebody wants to know
+_READ: Final = 1.0  # seconds for which a process that only asks stays in the ledger, at least
 
 
 class BudgetHistory(Protocol):
@@ -107,6 +109,7 @@ class LeasedBudget(LedgerLease):
         self._recall = False  # others wait for what is idle here
         self._retry_at = -math.inf
         self._reply: BudgetReply | None = None
+        self._told_at = -math.inf  # when that reply came
         self._alerted = 0.0  # the highest share of this period that any process has given an alert for
         self._is_exhausted = False  # a small call was rejected, which the ledger is to know
         self._reserved_then = 0.0  # here, when that reply was asked for
@@ -234,12 +237,25 @@ class LeasedBudget(LedgerLease):
 
     # --- statistics ---
 
-    def spent(self) -> float:
-        """Return the dollars that all processes have spent in this period, by the latest reply, and this one since."""
+    def spent(self) -> float | None:
+        """Return the dollars that all processes have spent in this period, by the latest reply, and this one since.
+
+        None until the first reply. See `ask_spent`.
+        """
         now = clock.now()
         with self.lock:
-            known = 0.0 if self._reply is None or now >= self._period_until else self._reply.spent
-            return known + self._spent
+            if self._reply is None:
+                return None
+            return (0.0 if now >= self._period_until else self._reply.spent) + self._spent
+
+    def ask_spent(self) -> None:
+        """Ask the ledger what all processes have spent, unless it has just told it."""
+        now = clock.now()
+        with self.lock:
+            if self.is_asking or self.link.is_failing() or now - self._told_at < _OLD:
+                return
+            self._busy_at = max(self._busy_at, now - _PATIENCE + _READ)  # it leaves soon, if it has no calls
+            self.ask_at(now)
 
     def reserved(self) -> tuple[int, float]:
         """Return the number of calls of this process that hold dollars, and the dollars."""
@@ -380,7 +396,7 @@ class LeasedBudget(LedgerLease):
         if budget is None:  # it has left
             self._held = self._kept = 0.0
             return
-        self._reply = budget
+        self._reply, self._told_at = budget, now
         if budget.period != self._period:
             self._begin_period(budget.period)
             expected = 0.0

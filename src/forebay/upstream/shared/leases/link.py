@@ -102,6 +102,19 @@ class LedgerLink:
         """Call `look` once after the next exchange."""
         self._waiters[look] = None
 
+    def wait_until(self, holds: Callable[[], bool], seconds: float) -> None:
+        """Block until a condition holds after an exchange, or one fails; for some seconds at most.
+
+        No lock may be held, and no event loop may run in this thread.
+        """
+        give_up = clock.monotonic() + seconds
+        while (left := give_up - clock.monotonic()) > 0.0:
+            exchanged = threading.Event()
+            self.add_waiter(exchanged.set)
+            if holds() or self.is_failing():
+                return
+            exchanged.wait(left)
+
     def is_failing(self) -> bool:
         """See `ExchangeLink`."""
         return self._error is not None
