@@ -1,12 +1,14 @@
 """Latency that the gateway adds to a call, compared with proxies beside it, each in its own process.
 
-``--sides relay,uvicorn,forebay,litellm`` chooses them: *relay* and *uvicorn* only forward (aiohttp on both sides, and
-uvicorn over aiohttp's client), *litellm* is its proxy, for which `bench.proxies.litellm_proxy` says what to install.
+``--sides relay,uvicorn,forebay,workers,litellm`` chooses them: *relay* and *uvicorn* only forward (aiohttp on both
+sides, and uvicorn over aiohttp's client), *workers* is the gateway with two worker processes, *litellm* is its proxy,
+for which `bench.proxies.litellm_proxy` says what to install.
 
 Milliseconds that each adds to the direct call, at the median and at the 99th percentile: two callers in a closed loop,
 interleaved rounds, medians over the rounds. Calls per second of 32 callers, and microseconds of processor for each,
-which depend less on what else the machine does: medians, and of ratios of processor time the least of each side. Memory
-per open stream of the gateway.
+which depend less on what else the machine does: medians, and of ratios of processor time the least of each side. Calls
+per second of 64 callers of two workers over those of one process, in interleaved rounds, and the part of the workers'
+processor time that the busier one took: medians. Memory per open stream of the gateway.
 """
 
 from __future__ import annotations
@@ -30,8 +32,12 @@ CALLS = 600
 CALLERS = 2
 CROWD = 32
 CROWD_ROUNDS = 5
+WORKERS_ROUNDS = 15
+WORKERS_QUICK_ROUNDS = 7
+WORKERS_CALLERS = 64
 STREAMS = 1000
 OURS = "forebay"
+WORKERS = "workers"
 BASELINE = "relay"
 SIDES = {
     "relay": ("bench.baselines.bare_proxy", "aiohttp"),
@@ -39,7 +45,7 @@ SIDES = {
     "forebay": ("bench.proxies.forebay_gateway",),
     "litellm": ("bench.proxies.litellm_proxy",),
 }
-DEFAULT_SIDES = "relay,uvicorn,forebay"
+DEFAULT_SIDES = "relay,uvicorn,forebay,workers"
 
 
 @contextlib.contextmanager
@@ -86,18 +92,20 @@ def percentile_ms(seconds: list[float], share: float) -> float:
 def run(*, sides: str = DEFAULT_SIDES, quick: bool = False) -> dict[str, float]:
     """Return the latencies, rates, processor times and memory."""
     names = list(dict.fromkeys(sides.split(",")))
-    if unknown := [name for name in names if name not in SIDES]:
-        sys.exit(f"there is no side {unknown[0]!r}: choose among {','.join(SIDES)}")
+    if unknown := [name for name in names if name not in (*SIDES, WORKERS)]:
+        sys.exit(f"there is no side {unknown[0]!r}: choose among {','.join((*SIDES, WORKERS))}")
     with contextlib.ExitStack() as stack:
         provider_pid, provider = stack.enter_context(started("bench.proxies.provider"))
         url = f"http://127.0.0.1:{provider}"
         running = {"direct": (provider_pid, provider)}
-        for name in names:
+        for name in (name for name in names if name != WORKERS):
             running[name] = stack.enter_context(started(*SIDES[name], url))
         results = added_latencies(
             {name: port for name, (_, port) in running.items()}, QUICK_ROUNDS if quick else ROUNDS
         )
         results |= rates(running, QUICK_ROUNDS if quick else CROWD_ROUNDS)
+        if WORKERS in names:
+            results |= worker_rates(url, WORKERS_QUICK_ROUNDS if quick else WORKERS_ROUNDS)
         if OURS in running:
             results["kb_per_open_stream"] = uvloop.run(kb_per_stream(*running[OURS]))
     return results
@@ -143,6 +151,31 @@ def rates(running: dict[str, tuple[int, int]], rounds: int) -> dict[str, float]:
             least = min(processor[name])
             results[f"{name}_over_{BASELINE}_processor"] = min(processor[BASELINE]) / least if least else 0.0
     return results
+
+
+def worker_rates(url: str, rounds: int) -> dict[str, float]:
+    """Return the calls per second of two workers over those of one process, and how evenly they are divided."""
+    ratios, shares = [], []
+    with started(*SIDES[OURS], url) as (_, one), started(*SIDES[OURS], url, "2") as (parent, two):
+        for number in range(rounds + 1):
+            seconds = []
+            for port in (one, two):
+                before = [cpu_seconds(pid) for pid in children(parent)]
+                calls, took = uvloop.run(closed_loop(port, callers=WORKERS_CALLERS, calls=WORKERS_CALLERS * 60))
+                seconds.append(took / len(calls))
+            spent = [cpu_seconds(pid) - earlier for pid, earlier in zip(children(parent), before, strict=True)]
+            if number:  # the first round warms up
+                ratios.append(seconds[0] / seconds[1])
+                shares.append(max(spent) / sum(spent) if spent else 0.0)
+    print("two workers over one, each round:", *(f"{ratio:.2f}" for ratio in ratios))
+    print("part of the busier worker, each round:", *(f"{share:.2f}" for share in shares))
+    return {"two_workers_over_one": statistics.median(ratios), "busier_worker": statistics.median(shares)}
+
+
+def children(pid: int) -> list[int]:
+    """Return the process ids of the children of a process; none where the system does not say (it is not Linux)."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
 
 
 async def kb_per_stream(pid: int, port: int) -> float:
