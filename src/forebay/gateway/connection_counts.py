@@ -8,20 +8,20 @@ from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import Final
 
-_TOLERANCE: Final = 16  # a worker may have a 16th more connections than another, so that many are handed over at a time
+_TOLERANCE: Final = 8  # a worker may have an 8th more connections than another, so that they take turns less often
 _OPEN, _TURNS, _IS_WAITING, _FIELDS = 0, 1, 2, 3  # numbers of a worker
 _ABSENT: Final = -1  # of a worker that accepts no connections
 _BYTES: Final = 8  # of a number
 
 
 def most_to_accept(counts: Iterable[int]) -> int:
-    """Return with how many open connections a worker accepts another one.
+    """Return with how many open connections a worker accepts another one: the least and an 8th, or the least and one.
 
     Args:
         counts: of the open connections of each worker that accepts any; one at least.
     """
     least = min(counts)
-    return least + least // _TOLERANCE
+    return least + max(1, least // _TOLERANCE)
 
 
 class ConnectionCounts:

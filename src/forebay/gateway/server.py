@@ -335,8 +335,13 @@ class _Server(web.Server):
         """The number of open connections, with those that are about to be made, and without those beyond the limit."""
         return len(self._open)
 
+    @property
+    def is_full(self) -> bool:
+        """True if it rejects another connection."""
+        return len(self._open) >= self._settings.max_connections
+
     def __call__(self) -> Any:
-        if len(self._open) >= self._settings.max_connections:
+        if self.is_full:
             return _TooManyConnections(self._rejected, 1 + self._settings.max_connections // _REJECTED_SHARE)
         connection = _Connection(self, self._settings, loop=asyncio.get_running_loop())
         self._open.add(connection)

@@ -9,8 +9,8 @@ from typing import Final, Protocol
 from forebay.events import log
 from forebay.gateway.connection_counts import ConnectionCounts, most_to_accept
 
-_PATIENCE: Final = 0.02  # seconds for which a connection is left to workers with fewer
-_SILENT_AFTER: Final = 5  # connections that a worker lets wait so long, without a sign of life
+_PATIENCE: Final = 0.002  # seconds for which a connection is left to workers with fewer: many times what one needs
+_SILENT_AFTER: Final = 10  # connections that a worker lets wait so long, without a sign of life
 _ACCEPTED_AT_ONCE: Final = 128  # before the event loop gets its turn
 _PAUSE: Final = 1.0  # seconds until a worker that cannot accept tries again, as asyncio has it
 
@@ -22,6 +22,10 @@ class ConnectionServer(Protocol):
     def open_connections(self) -> int:
         """The number of open connections, with those whose protocol was made and that are not connected yet."""
 
+    @property
+    def is_full(self) -> bool:
+        """True if it rejects another connection."""
+
     def __call__(self) -> asyncio.Protocol:
         """Make the protocol of a connection."""
 
@@ -29,8 +33,8 @@ class ConnectionServer(Protocol):
 class WorkerListener:
     """The socket on which all workers of a gateway listen, as one of them accepts from it.
 
-    A worker accepts a connection unless another one has fewer. Then it leaves the connection to that one for 20 ms, and
-    takes it if nobody has by then. After five such connections it waits no more for a worker that has shown no sign of
+    A worker leaves a connection to another one that has markedly fewer. After 2 ms it takes the connection itself if it
+    is still there. After ten such connections it waits no more for a worker that has shown no sign of
     life meanwhile, until it does. Only a worker that runs takes a connection, so none is lost with one that hangs.
 
     Args:
@@ -90,9 +94,10 @@ class WorkerListener:
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._counts.waker(self._number))
         self._stop_accepting()
-        while self._most() is None and self._take():
+        while not self._others() and self._take():
             pass
         self._stop_accepting()
+        self._server = None
         self._listening.close()
         if self._connecting:
             await asyncio.wait(self._connecting)
@@ -100,11 +105,11 @@ class WorkerListener:
     def _accept(self) -> None:
         """Accept connections while it is the turn of this worker."""
         self.publish()
+        if not self._is_its_turn():
+            self._wait()
+            return
         for _ in range(_ACCEPTED_AT_ONCE):
-            if not self._is_its_turn():
-                self._wait()
-                return
-            if not self._take():
+            if not (self._take() and self._is_its_turn()):
                 return
 
     def _take(self) -> bool:
@@ -122,8 +127,8 @@ class WorkerListener:
         self._connecting.add(connecting)
         connecting.add_done_callback(self._connecting.discard)
         self.publish()
-        if (most := self._most()) is not None:
-            self._counts.wake(most, self._counts.others(self._number))
+        if others := self._others():
+            self._counts.wake(most_to_accept([self._server.open_connections, *others.values()]), others)
         return True
 
     def _go_on(self) -> None:
@@ -142,22 +147,22 @@ class WorkerListener:
 
     # --- whose turn it is ---
 
-    def _most(self) -> int | None:
-        """Return with how many connections a worker accepts another one; None if no other worker does."""
+    def _others(self) -> dict[int, int]:
+        """Return the open connections of the other workers that accept any, by number, without those that hang."""
         others = self._counts.others(self._number)
         for number, (turns, times) in self._let_wait.items():
             if times >= _SILENT_AFTER and self._counts.turns(number) == turns:
                 others.pop(number, None)
-        if not others or self._server is None:
-            return None
-        own = [] if self._is_withdrawn else [self._server.open_connections]
-        return most_to_accept([*others.values(), *own])
+        return others
 
     def _is_its_turn(self) -> bool:
-        most = self._most()
-        if most is None or self._server is None:
+        others = self._others().values()
+        if not others or self._server is None:
             return True
-        return not self._is_withdrawn and self._server.open_connections <= most
+        open_ = self._server.open_connections
+        if self._server.is_full:  # and so are those that have as many
+            return not self._is_withdrawn and open_ <= min(others)
+        return not self._is_withdrawn and open_ <= most_to_accept([open_, *others])
 
     # --- while it is the turn of others ---
 
@@ -205,6 +210,7 @@ class WorkerListener:
 async def _connect(connection: socket.socket, protocol: asyncio.Protocol) -> None:
     """Let a protocol serve a connection that was accepted."""
     try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # asyncio does not, for such a socket
         await asyncio.get_running_loop().connect_accepted_socket(lambda: protocol, connection)
     except OSError as error:  # it has gone
         connection.close()
