@@ -7,8 +7,10 @@ for which `bench.proxies.litellm_proxy` says what to install.
 Milliseconds that each adds to the direct call, at the median and at the 99th percentile: two callers in a closed loop,
 interleaved rounds, medians over the rounds. Calls per second of 32 callers, and microseconds of processor for each,
 which depend less on what else the machine does: medians, and of ratios of processor time the least of each side. Calls
-per second of 64 callers of two workers over those of one process, in interleaved rounds, and the part of the workers'
-processor time that the busier one took: medians. Memory per open stream of the gateway.
+per second of 64 callers of two workers over those of one process, in interleaved rounds: medians, by the clock and by
+the processor time of the busier worker, which is what they are with a core for each. The part of the busier worker in
+the processor time of both, and of both in that of all processes, callers and provider included: on two cores the ratio
+by the clock is at most twice that. Memory per open stream of the gateway.
 """
 
 from __future__ import annotations
@@ -105,7 +107,7 @@ def run(*, sides: str = DEFAULT_SIDES, quick: bool = False) -> dict[str, float]:
         )
         results |= rates(running, QUICK_ROUNDS if quick else CROWD_ROUNDS)
         if WORKERS in names:
-            results |= worker_rates(url, WORKERS_QUICK_ROUNDS if quick else WORKERS_ROUNDS)
+            results |= worker_rates(url, provider_pid, WORKERS_QUICK_ROUNDS if quick else WORKERS_ROUNDS)
         if OURS in running:
             results["kb_per_open_stream"] = uvloop.run(kb_per_stream(*running[OURS]))
     return results
@@ -153,23 +155,38 @@ def rates(running: dict[str, tuple[int, int]], rounds: int) -> dict[str, float]:
     return results
 
 
-def worker_rates(url: str, rounds: int) -> dict[str, float]:
-    """Return the calls per second of two workers over those of one process, and how evenly they are divided."""
-    ratios, shares = [], []
-    with started(*SIDES[OURS], url) as (_, one), started(*SIDES[OURS], url, "2") as (parent, two):
+def worker_rates(url: str, provider: int, rounds: int) -> dict[str, float]:
+    """Return the calls per second of two workers over those of one process, and how evenly they are divided.
+
+    Args:
+        url: of the provider.
+        provider: its process id.
+        rounds: of which one more is made, to warm up.
+    """
+    found: dict[str, list[float]] = {}
+    with started(*SIDES[OURS], url) as (one, one_port), started(*SIDES[OURS], url, "2") as (parent, two_port):
         for number in range(rounds + 1):
-            seconds = []
-            for port in (one, two):
-                before = [cpu_seconds(pid) for pid in children(parent)]
-                calls, took = uvloop.run(closed_loop(port, callers=WORKERS_CALLERS, calls=WORKERS_CALLERS * 60))
-                seconds.append(took / len(calls))
-            spent = [cpu_seconds(pid) - earlier for pid, earlier in zip(children(parent), before, strict=True)]
-            if number:  # the first round warms up
-                ratios.append(seconds[0] / seconds[1])
-                shares.append(max(spent) / sum(spent) if spent else 0.0)
-    print("two workers over one, each round:", *(f"{ratio:.2f}" for ratio in ratios))
-    print("part of the busier worker, each round:", *(f"{share:.2f}" for share in shares))
-    return {"two_workers_over_one": statistics.median(ratios), "busier_worker": statistics.median(shares)}
+            one_took, (one_spent, *_) = timed_calls(one_port, [one])
+            two_took, (callers, provided, *spent) = timed_calls(two_port, [os.getpid(), provider, *children(parent)])
+            if not number:
+                continue
+            round_ = {"two_workers_over_one": one_took / two_took}
+            if spent:
+                round_["two_workers_over_one_processor"] = one_spent / max(spent)
+                round_["busier_worker"] = max(spent) / sum(spent)
+                round_["gateway_of_all_processor"] = sum(spent) / (callers + provided + sum(spent))
+            for name, value in round_.items():
+                found.setdefault(name, []).append(value)
+    for name, values in found.items():
+        print(f"{name}, each round:", *(f"{value:.2f}" for value in values))
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def timed_calls(port: int, pids: list[int]) -> tuple[float, list[float]]:
+    """Make calls; return the seconds that they took, and the processor time of each of these processes."""
+    before = [cpu_seconds(pid) for pid in pids]
+    _, took = uvloop.run(closed_loop(port, callers=WORKERS_CALLERS, calls=WORKERS_CALLERS * 60))
+    return took, [cpu_seconds(pid) - earlier for pid, earlier in zip(pids, before, strict=True)]
 
 
 def children(pid: int) -> list[int]:
