@@ -10,7 +10,7 @@ from forebay.events import log
 from forebay.gateway.connection_counts import ConnectionCounts, most_to_accept
 
 _PATIENCE: Final = 0.002  # seconds for which a connection is left to workers with fewer: many times what one needs
-_SILENT_AFTER: Final = 10  # connections that a worker lets wait so long, without a sign of life
+_SILENT_AFTER: Final = 50  # connections that a worker lets wait so long, without a sign of life
 _ACCEPTED_AT_ONCE: Final = 128  # before the event loop gets its turn
 _PAUSE: Final = 1.0  # seconds until a worker that cannot accept tries again, as asyncio has it
 
@@ -34,7 +34,7 @@ class WorkerListener:
     """The socket on which all workers of a gateway listen, as one of them accepts from it.
 
     A worker leaves a connection to another one that has markedly fewer. After 2 ms it takes the connection itself if it
-    is still there. After ten such connections it waits no more for a worker that has shown no sign of
+    is still there. After fifty such connections it waits no more for a worker that has shown no sign of
     life meanwhile, until it does. Only a worker that runs takes a connection, so none is lost with one that hangs.
 
     Args:

@@ -89,30 +89,30 @@ async def test_a_worker_takes_what_one_that_hangs_does_not_and_soon_waits_for_it
         made.open(0, patience=0.0)
         made.connect(64)
         assert await made.settle() == [64]
-        assert made.counts.waits == 10
+        assert made.counts.waits == 50
 
 
 async def test_a_worker_that_hung_gets_connections_again() -> None:
     async with workers(2) as made:
         made.counts.publish(1, 0)
         made.open(0, patience=0.0)
-        made.connect(20)
-        assert await made.settle() == [20]
+        made.connect(64)
+        assert await made.settle() == [64]
         made.open(1)
-        made.connect(16)
-        assert await made.settle() == [20, 16]
+        made.connect(50)
+        assert await made.settle() == [64, 50]
 
 
 async def test_a_worker_that_is_slow_but_lives_is_waited_for_each_time() -> None:
     async with workers(2) as made:
         made.counts.publish(1, 0)
         made.open(0, patience=0.0)
-        for number in range(20):
+        for number in range(64):
             made.connect()
             await asyncio.sleep(0)
             made.counts.publish(1, 0)
             assert await made.settle() == [number + 1]
-        assert made.counts.waits == 18  # not with the first two connections
+        assert made.counts.waits == 62  # not with the first two connections
 
 
 async def test_nobody_waits_for_a_worker_that_has_died() -> None:
