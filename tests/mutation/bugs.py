@@ -85,6 +85,7 @@ from forebay.gateway.request_validator import RequestValidator
 from forebay.gateway.server import _Server
 from forebay.gateway.worker_channel import WorkerChannel
 from forebay.gateway.worker_group import Readiness, WorkerGroup
+from forebay.gateway.worker_listener import WorkerListener
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe
@@ -4143,6 +4144,18 @@ def a_worker_that_drains_answers_for_the_whole_gateway() -> None:
         return Readiness(problems, int(not problems), 1 + len(group._channel.others))
 
     replace(WorkerGroup, WorkerGroup.readiness, readiness)
+
+
+def a_worker_accepts_connections_though_another_has_fewer() -> None:
+    always(WorkerListener, WorkerListener._is_its_turn, returns=True)
+
+
+def a_worker_leaves_connections_to_one_that_hangs() -> None:
+    replace(WorkerListener, WorkerListener._lose_patience, WorkerListener._go_on)
+
+
+def a_worker_that_drains_accepts_as_if_it_did_not() -> None:
+    always(WorkerListener, WorkerListener.withdraw, returns=None)
 
 
 def what_a_call_holds_is_kept_if_another_limit_rejects_it() -> None:

@@ -148,6 +148,7 @@ from tests.unit.gateway import (
     test_request_head,
     test_worker_channel,
     test_worker_group,
+    test_worker_listener,
 )
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
@@ -1745,6 +1746,15 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     ),
     bugs.a_worker_that_drains_answers_for_the_whole_gateway: (
         test_gateway_worker_metrics.test_a_gateway_is_ready_if_any_worker_takes_calls
+    ),
+    bugs.a_worker_accepts_connections_though_another_has_fewer: (
+        test_worker_listener.test_a_new_connection_goes_to_the_worker_with_the_fewest
+    ),
+    bugs.a_worker_leaves_connections_to_one_that_hangs: (
+        test_worker_listener.test_a_worker_takes_what_one_that_hangs_does_not_and_soon_waits_for_it_no_more
+    ),
+    bugs.a_worker_that_drains_accepts_as_if_it_did_not: (
+        test_worker_listener.test_a_worker_that_drains_leaves_connections_to_the_others
     ),
     bugs.what_a_call_holds_is_kept_if_another_limit_rejects_it: (
         test_caller_limits.test_what_was_taken_of_one_caller_is_returned_if_another_rejects_the_call

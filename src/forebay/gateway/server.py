@@ -44,6 +44,7 @@ from forebay.gateway.worker_channel import (
     restore_worker_directory,
 )
 from forebay.gateway.worker_group import WorkerGroup
+from forebay.gateway.worker_listener import WorkerListener
 from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
 from forebay.gateway.worker_reload import (
     PreparedReload,
@@ -328,16 +329,30 @@ class _Server(web.Server):
         self._forwarder = forwarder
         self._settings = settings
         self._rejected: set[_TooManyConnections] = set()
+        self._open: set[web.RequestHandler] = set()
         self._answered: asyncio.Event | None = None  # once no new connections are accepted
+        self.closed: Callable[[], object] = lambda: None  # called after a connection
 
     def change(self, settings: GatewaySettings) -> None:
         """Bound connections that are made from now on by other settings."""
         self._settings = settings
 
+    @property
+    def open_connections(self) -> int:
+        """The number of open connections, with those that are about to be made, and without those beyond the limit."""
+        return len(self._open)
+
+    @property
+    def is_full(self) -> bool:
+        """True if it rejects another connection."""
+        return len(self._open) >= self._settings.max_connections
+
     def __call__(self) -> Any:
-        if len(self.connections) >= self._settings.max_connections:
+        if self.is_full:
             return _TooManyConnections(self._rejected, 1 + self._settings.max_connections // _REJECTED_SHARE)
-        return _Connection(self, self._settings, loop=asyncio.get_running_loop())
+        connection = _Connection(self, self._settings, loop=asyncio.get_running_loop())
+        self._open.add(connection)
+        return connection
 
     def _handle(self, request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
         connection = cast("_Connection", request.protocol)
@@ -348,6 +363,8 @@ class _Server(web.Server):
     def connection_lost(self, handler: web.RequestHandler, exc: BaseException | None = None) -> None:
         """See `aiohttp.web.Server`."""
         super().connection_lost(handler, exc)
+        self._open.discard(handler)
+        self.closed()
         if self._answered is not None and self._all_answered():
             self._answered.set()
 
@@ -381,7 +398,7 @@ class Gateway:
         settings: of the gateway.
         environment: variables with its secrets, and with the HTTP proxies of its providers.
         connector: makes the aiohttp connector to its providers; None for a `ConnectionPool`, over TCP.
-        listening: a socket that listens already, instead of the address of the settings; it is closed with the gateway.
+        listener: what accepts connections, instead of a server at the address of the settings; closed with the gateway.
         channel: to the other workers of the gateway, not open; None if it has one process.
         messages: that it answers there besides its own.
 
@@ -402,13 +419,13 @@ class Gateway:
         environment: Mapping[str, str] = os.environ,
         *,
         connector: Callable[[], aiohttp.BaseConnector] | None = None,
-        listening: socket.socket | None = None,
+        listener: WorkerListener | None = None,
         channel: WorkerChannel | None = None,
         messages: Mapping[str, MessageHandler] = MappingProxyType({}),
     ) -> None:
         self.settings = settings
         self._environment = environment
-        self._listening = listening
+        self._listener = listener
         self._channel = channel
         self._messages = messages
         self._make_connector = connector or self._new_pool
@@ -453,8 +470,9 @@ class Gateway:
             self._web = _Server(self.forwarder, self.settings)
             await self._watch_keys(keys)
             await self._join_workers()
-            if self._listening is not None:
-                self._server = await loop.create_server(self._web, sock=self._listening)
+            if self._listener is not None:
+                self._web.closed = self._listener.publish
+                self._listener.open(self._web)
             else:
                 self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
         except BaseException as error:
@@ -582,6 +600,8 @@ class Gateway:
     @property
     def port(self) -> int:
         """The port on which it listens."""
+        if self._listener is not None:
+            return self._listener.port
         assert self._server is not None  # noqa: S101 - entered
         port: int = self._server.sockets[0].getsockname()[1]
         return port
@@ -589,8 +609,7 @@ class Gateway:
     async def __aexit__(
         self, kind: type[BaseException] | None, cause: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None  # noqa: S101 - entered
-        assert self._session is not None  # noqa: S101
+        assert self._session is not None  # noqa: S101 - entered
         self.drain()
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
@@ -626,6 +645,9 @@ class Gateway:
 
     async def _stop_listening(self) -> None:
         """Stop listening, and take over what has connected by then: the system would reset it."""
+        if self._listener is not None:
+            await self._listener.close()
+            return
         assert self._server is not None  # noqa: S101 - entered
         if sys.platform == "win32":  # it has no `remove_reader`
             self._server.close()
@@ -646,8 +668,13 @@ class Gateway:
                 await loop.connect_accepted_socket(self._web, each)
 
     def drain(self) -> None:
-        """Reject new calls with 503 from now on; calls in progress continue."""
+        """Reject new calls with 503 from now on; calls in progress continue.
+
+        A worker leaves new connections to the others that do not drain.
+        """
         self.forwarder.drain()
+        if self._listener is not None:
+            self._listener.withdraw()
 
     def abort(self) -> None:
         """Drain, and end the calls in progress at once with an error."""
@@ -749,13 +776,13 @@ def _run_workers(
     shared = settings.shared or f"sqlite:///{quote(str(directory))}/account.db?fsync=no"
     settings = msgspec.structs.replace(settings, shared=shared)
 
-    def serve(listening: socket.socket, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
+    def serve(listener: WorkerListener, number: int, lifeline: int, accepts: Callable[[], object]) -> int:
         restore_worker_directory(directory)
         channel = WorkerChannel(directory, number, settings.workers)
         current = read_settings(directory) or SettingsInForce(0, settings)
         program = _Program(
             current.settings,
-            listening=listening,
+            listener=listener,
             lifeline=lifeline,
             channel=channel,
             generation=current.generation,
@@ -814,7 +841,7 @@ class _Program:
         settings: of the gateway.
         reload: returns its settings, read again; None if they cannot be.
         reloaded: called once the gateway serves by them.
-        listening: see `Gateway`.
+        listener: see `Gateway`.
         lifeline: a file descriptor whose end stops the gateway; None for none.
         channel: see `Gateway`; a worker reloads when its parent says so.
         generation: of the settings, see `SettingsInForce`.
@@ -829,7 +856,7 @@ class _Program:
         reload: Callable[[], GatewaySettings] | None = None,
         reloaded: Callable[[], object] = lambda: None,
         *,
-        listening: socket.socket | None = None,
+        listener: WorkerListener | None = None,
         lifeline: int | None = None,
         channel: WorkerChannel | None = None,
         generation: int = 0,
@@ -838,7 +865,7 @@ class _Program:
         messages: Mapping[str, MessageHandler] = {}
         if self._worker_reload is not None and channel is not None:
             messages, channel.on_restored = self._worker_reload.handlers, self._worker_reload.restore
-        self._gateway = Gateway(_fitted(settings), listening=listening, channel=channel, messages=messages)
+        self._gateway = Gateway(_fitted(settings), listener=listener, channel=channel, messages=messages)
         self.is_orphan = False
         self._lifeline = lifeline
         self._reload = reload

@@ -17,6 +17,8 @@ from forebay import clock
 from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway.address import Address
+from forebay.gateway.connection_counts import ConnectionCounts
+from forebay.gateway.worker_listener import WorkerListener
 
 _BACKLOG: Final = 1024
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0  # seconds until a worker that died is started again
@@ -66,7 +68,7 @@ class WorkerProcesses:
     Args:
         address: on which they listen.
         count: how many there are.
-        serve: serves in a worker until it is stopped; it is given the socket, the worker's number, a file descriptor
+        serve: serves in a worker until it is stopped; it is given what accepts, the worker's number, a file descriptor
             that ends when this process does, and what to call once it accepts. It returns the exit status.
         ready: called with these processes once all workers accept connections.
         reload: lets all workers reload, in a process that is forked for it; it returns the exit status.
@@ -80,7 +82,7 @@ class WorkerProcesses:
         self,
         address: Address,
         count: int,
-        serve: Callable[[socket.socket, int, int, Callable[[], object]], int],
+        serve: Callable[[WorkerListener, int, int, Callable[[], object]], int],
         ready: Callable[[Listening], object],
         *,
         reload: Callable[[], int],
@@ -113,6 +115,7 @@ class WorkerProcesses:
             CannotListen: the address is in use, or not one of this machine.
         """
         self._socket = _listen(self._address)
+        self._counts = ConnectionCounts(len(self._workers))
         self._lifeline, self._held_lifeline = os.pipe()  # workers see its end when this process has gone
         self._ready_reader, self._ready_writer = os.pipe()  # a byte for each worker that is ready
         self._signal_reader, self._signal_writer = os.pipe()
@@ -128,6 +131,7 @@ class WorkerProcesses:
                 self._start_those_due()
                 selector.select(self._seconds_to_wait())
                 self._look()
+        self._counts.close()
         return self._status
 
     def _look(self) -> None:
@@ -177,6 +181,7 @@ class WorkerProcesses:
         for worker in self._workers:
             if worker.pid and os.waitpid(worker.pid, os.WNOHANG)[0]:
                 worker.pid, was_ready = 0, worker.is_ready
+                self._counts.withdraw(worker.number)
                 if self._is_stopping:
                     continue
                 if not was_ready and not self._has_begun:  # it has said why
@@ -203,7 +208,8 @@ class WorkerProcesses:
         """Serve, as a worker that was forked."""
 
         def serve() -> int:
-            return self._serve(self._socket, number, self._lifeline, lambda: announce_ready(self._ready_writer, number))
+            listener = WorkerListener(self._socket, self._counts, number)
+            return self._serve(listener, number, self._lifeline, lambda: announce_ready(self._ready_writer, number))
 
         self._run_child(serve)
 
