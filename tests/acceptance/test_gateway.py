@@ -39,7 +39,7 @@ from forebay.gateway import (
     TargetSettings,
 )
 from forebay.gateway.server import Gateway
-from forebay.gateway.worker_processes import CannotListen
+from forebay.gateway.workers.worker_processes import CannotListen
 from forebay.quota import Price
 from forebay.upstream.accounts.account_retries import AccountRetries
 

@@ -699,7 +699,7 @@ async def test_a_silent_provider_ends_with_the_timeout_of_its_caller(
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr("forebay.gateway.client_timeouts._GRACE", 0.1)
+    monkeypatch.setattr("forebay.gateway.requests.client_timeouts._GRACE", 0.1)
     harness.provider.behaviour = hang
     async with Gateway(harness.settings()) as gateway:
         for path, body in (("/v1/chat/completions", CHAT_REQUEST), ("/v1/messages", {**CHAT_REQUEST, "stream": True})):

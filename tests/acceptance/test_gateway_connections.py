@@ -13,8 +13,8 @@ from aiohttp.client_reqrep import ConnectionKey
 from tests.support.gateway_harness import CHAT_RESPONSE, GatewayHarness, connect, request_bytes, until
 
 from forebay import clock
-from forebay.gateway import connection_pool
-from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.connections import connection_pool
+from forebay.gateway.connections.connection_pool import ConnectionPool, PooledConnection
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 

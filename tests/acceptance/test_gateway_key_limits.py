@@ -22,7 +22,7 @@ from tests.support.gateway_harness import (
 from tests.support.issued_keys import IssuedKeys, bearer, in_thread, refresh
 from tests.support.metric_samples import total
 
-from forebay.gateway.issued_keys import IssuedKey
+from forebay.gateway.callers.issued_keys import IssuedKey
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 

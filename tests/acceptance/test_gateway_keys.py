@@ -31,8 +31,8 @@ from tests.support.issued_keys import IssuedKeys, bearer, in_thread, refresh
 from forebay import Priority, clock
 from forebay.errors import StoreUnavailable
 from forebay.gateway import FallbackSettings, GatewaySettings, TargetSettings
-from forebay.gateway.issued_keys import new_key
-from forebay.gateway.key_file import KeyFile
+from forebay.gateway.callers.issued_keys import new_key
+from forebay.gateway.callers.key_file import KeyFile
 from forebay.gateway.server import Gateway
 
 MESSAGES: Any = CHAT_REQUEST["messages"]

@@ -33,9 +33,9 @@ from tests.support.metric_conventions import problems
 from tests.support.metric_samples import samples, total
 
 from forebay.gateway import FallbackSettings, GatewaySettings, TargetSettings
-from forebay.gateway.bounded_label import OTHER
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.metric_definitions import METRICS
+from forebay.gateway.metrics.bounded_label import OTHER
+from forebay.gateway.metrics.metric_definitions import METRICS
 from forebay.gateway.server import Gateway
 from forebay.quota import Price
 

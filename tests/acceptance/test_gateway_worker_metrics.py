@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.gateway_harness import GatewayHarness, gateway_harness
 from tests.support.metric_conventions import problems
 
-from forebay.gateway import worker_group
 from forebay.gateway.server import Gateway
-from forebay.gateway.worker_channel import WorkerChannel, socket_path
+from forebay.gateway.workers import worker_group
+from forebay.gateway.workers.worker_channel import WorkerChannel, socket_path
 
 CALLS = "forebay_gateway_requests_total"
 WORKERS = "forebay_gateway_workers"

@@ -13,10 +13,11 @@ import pytest
 from tests.support.gateway_harness import GatewayHarness
 
 from forebay.errors import InvalidSetting
-from forebay.gateway import GatewaySettings, TargetSettings, worker_reload
+from forebay.gateway import GatewaySettings, TargetSettings
 from forebay.gateway.server import Gateway, keep_until_restart
-from forebay.gateway.worker_channel import WorkerChannel
-from forebay.gateway.worker_reload import WorkerReload, read_settings, reload_workers
+from forebay.gateway.workers import worker_reload
+from forebay.gateway.workers.worker_channel import WorkerChannel
+from forebay.gateway.workers.worker_reload import WorkerReload, read_settings, reload_workers
 
 
 class Worker:

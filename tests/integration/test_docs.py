@@ -22,7 +22,7 @@ from forebay import BackpressureSupervisor, Task, Upstream, breaker, errors, eve
 from forebay.breaker import BreakerRules
 from forebay.cli.autoscale_metrics import render_metrics
 from forebay.engine import ProcessEngine
-from forebay.gateway.metric_definitions import METRICS
+from forebay.gateway.metrics.metric_definitions import METRICS
 from forebay.quota import RateLimiter
 from forebay.retry import Retry
 from forebay.scale import Autoscaler, AutoscalerStatistics

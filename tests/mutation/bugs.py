@@ -57,35 +57,31 @@ from forebay.context import running_task
 from forebay.engine.child_process import ChildProcess
 from forebay.errors import ScalingFailed
 from forebay.events import Event, EventBus, Subscription, TaskProgress
-from forebay.gateway import (
-    GatewaySettings,
-    connection_pool,
-    forwarded_call,
-    provider_key,
-    rewritten_request,
-    worker_reload,
-)
+from forebay.gateway import GatewaySettings, forwarded_call, rewritten_request
 from forebay.gateway.abortable_block import AbortableBlock
-from forebay.gateway.body_memory import BodyMemory
-from forebay.gateway.bounded_label import BoundedLabel
 from forebay.gateway.call_record import CallRecord
-from forebay.gateway.caller import CallerReader
-from forebay.gateway.caller_ledgers import CallerLedgers
-from forebay.gateway.caller_limits import CallerLimits, CallerPermit
-from forebay.gateway.connection_pool import ConnectionPool, PooledConnection
-from forebay.gateway.deployments import DeploymentPool
-from forebay.gateway.direct_request import RawHeaders
+from forebay.gateway.callers.caller import CallerReader
+from forebay.gateway.callers.caller_ledgers import CallerLedgers
+from forebay.gateway.callers.caller_limits import CallerLimits, CallerPermit
+from forebay.gateway.callers.issued_keys import IssuedKey
+from forebay.gateway.callers.key_file import KeySnapshot
+from forebay.gateway.callers.key_registry import KeyRegistry
+from forebay.gateway.connections import connection_pool
+from forebay.gateway.connections.connection_pool import ConnectionPool, PooledConnection
+from forebay.gateway.connections.direct_request import RawHeaders
 from forebay.gateway.forwarded_call import ForwardedCall
-from forebay.gateway.issued_keys import IssuedKey
-from forebay.gateway.key_file import KeySnapshot
-from forebay.gateway.key_registry import KeyRegistry
-from forebay.gateway.provider_key import ProviderKey
-from forebay.gateway.request_head import RequestHead, RequestHeads
-from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.metrics.bounded_label import BoundedLabel
+from forebay.gateway.requests.body_memory import BodyMemory
+from forebay.gateway.requests.request_head import RequestHead, RequestHeads
+from forebay.gateway.requests.request_validator import RequestValidator
 from forebay.gateway.server import _Server
-from forebay.gateway.worker_channel import WorkerChannel
-from forebay.gateway.worker_group import Readiness, WorkerGroup
-from forebay.gateway.worker_listener import WorkerListener
+from forebay.gateway.targets import provider_key
+from forebay.gateway.targets.deployments import DeploymentPool
+from forebay.gateway.targets.provider_key import ProviderKey
+from forebay.gateway.workers import worker_reload
+from forebay.gateway.workers.worker_channel import WorkerChannel
+from forebay.gateway.workers.worker_group import Readiness, WorkerGroup
+from forebay.gateway.workers.worker_listener import WorkerListener
 from forebay.interfaces import Charge, Completion, Lease, Outcome, PutResult, TaskRecord
 from forebay.limit import AdaptiveLimit, Grant
 from forebay.limit.adaptive.limit_probe import LimitProbe

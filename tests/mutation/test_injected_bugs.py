@@ -139,17 +139,10 @@ from tests.unit.breaker import test_breaker
 from tests.unit.cli import test_autoscale, test_autoscale_metrics
 from tests.unit.cli import test_gateway as test_gateway_command
 from tests.unit.engine import test_process_engine
-from tests.unit.gateway import (
-    test_abortable_block,
-    test_caller_ledgers,
-    test_caller_limits,
-    test_key_registry,
-    test_read_timeout,
-    test_request_head,
-    test_worker_channel,
-    test_worker_group,
-    test_worker_listener,
-)
+from tests.unit.gateway import test_abortable_block
+from tests.unit.gateway.callers import test_caller_ledgers, test_caller_limits, test_key_registry
+from tests.unit.gateway.requests import test_read_timeout, test_request_head
+from tests.unit.gateway.workers import test_worker_channel, test_worker_group, test_worker_listener
 from tests.unit.limit import test_adaptive, test_refusal_detector, test_slowdown_experiment
 from tests.unit.overflow import test_redis_store, test_sqlite_store, test_sqs_crash_points, test_sqs_store
 from tests.unit.quota import test_observed, test_quota_doubt, test_rate_limiter

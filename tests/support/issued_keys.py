@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from forebay import clock
-from forebay.gateway.issued_keys import IssuedKey, new_key
-from forebay.gateway.key_file import KeyFile
+from forebay.gateway.callers.issued_keys import IssuedKey, new_key
+from forebay.gateway.callers.key_file import KeyFile
 from forebay.gateway.server import Gateway
 
 T = TypeVar("T")

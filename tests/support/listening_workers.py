@@ -6,8 +6,8 @@ import asyncio
 import socket
 from typing import Self
 
-from forebay.gateway.connection_counts import ConnectionCounts
-from forebay.gateway.worker_listener import WorkerListener
+from forebay.gateway.workers.connection_counts import ConnectionCounts
+from forebay.gateway.workers.worker_listener import WorkerListener
 
 NEVER = 3_600.0  # seconds: longer than any test
 TURNS = 5_000  # of the event loop, many more than any test needs

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 
 from forebay.gateway.address import Address
-from forebay.gateway.worker_listener import WorkerListener
-from forebay.gateway.worker_processes import WorkerProcesses
+from forebay.gateway.workers.worker_listener import WorkerListener
+from forebay.gateway.workers.worker_processes import WorkerProcesses
 
 
 class ProcessServer:

@@ -19,10 +19,10 @@ from forebay.cli.state_directory import default_shared, make_state_directory, wi
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.errors import ForebayError, InvalidSetting
 from forebay.gateway import GatewaySettings, KeySettings, ModelSettings, TargetSettings, TenantSettings
-from forebay.gateway.http_proxy import http_proxy_for, without_password
-from forebay.gateway.key_file import parse_keys_url
+from forebay.gateway.callers.key_file import parse_keys_url
+from forebay.gateway.connections.http_proxy import http_proxy_for, without_password
 from forebay.gateway.settings import OTHER_TENANTS
-from forebay.gateway.targets import make_targets
+from forebay.gateway.targets.targets import make_targets
 from forebay.spend_log import parse_spend_log
 from forebay.storage.shown_url import shown_url
 

@@ -15,8 +15,8 @@ from forebay import clock
 from forebay.cli.store_command import USAGE_ERROR, AsJson, date, fail, print_json, relative
 from forebay.cli.text_table import one_line, text_table
 from forebay.errors import ForebayError, InvalidSetting
-from forebay.gateway.issued_keys import IssuedKey, new_key
-from forebay.gateway.key_file import InvalidKeysUrl, KeyFile, StoredKey, parse_keys_url
+from forebay.gateway.callers.issued_keys import IssuedKey, new_key
+from forebay.gateway.callers.key_file import InvalidKeysUrl, KeyFile, StoredKey, parse_keys_url
 
 T = TypeVar("T")
 

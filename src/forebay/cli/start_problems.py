@@ -8,9 +8,9 @@ from typing import Final
 
 from forebay.errors import ForebayError
 from forebay.gateway import GatewaySettings
-from forebay.gateway.key_file import parse_keys_url, read_snapshot
+from forebay.gateway.callers.key_file import parse_keys_url, read_snapshot
 from forebay.gateway.secret import read_provider_key
-from forebay.gateway.targets import make_targets
+from forebay.gateway.targets.targets import make_targets
 
 _BUSY_TIMEOUT: Final = 0.5  # seconds that the look into the file of keys waits for a command that changes it
 

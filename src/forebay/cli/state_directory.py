@@ -15,7 +15,7 @@ import msgspec
 from forebay._validate import reject
 from forebay.errors import StoreUnavailable
 from forebay.gateway import GatewaySettings
-from forebay.gateway.worker_channel import keep_from_cleaning
+from forebay.gateway.workers.worker_channel import keep_from_cleaning
 from forebay.spend_log import parse_spend_log
 
 _PREFIX, _SUFFIX = "gateway-", ".db"

@@ -21,7 +21,7 @@ from forebay.gateway.settings import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from forebay.gateway.worker_processes import Listening
+    from forebay.gateway.workers.worker_processes import Listening
 
 _LIBRARIES: Final = ("aiohttp", "prometheus_client")
 

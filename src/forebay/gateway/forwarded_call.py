@@ -16,16 +16,22 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from multidict import CIMultiDict
 
 from forebay import clock
-from forebay.gateway.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
 from forebay.gateway.call_record import CallRecord
-from forebay.gateway.caller_limits import CallerHold, CallerLimits
+from forebay.gateway.callers.caller_limits import CallerHold, CallerLimits
+from forebay.gateway.callers.issued_keys import IssuedKey
+from forebay.gateway.connections.http_client import (
+    HttpClient,
+    OutgoingRequest,
+    ProviderResponse,
+    connection_of,
+    parse_address,
+)
+from forebay.gateway.connections.passed_headers import DROPPED, HOP_BY_HOP, PassedNames, hop_by_hop_names
+from forebay.gateway.connections.request_headers import RequestHeaders
 from forebay.gateway.error_responses import GatewayResponse, StreamProtocol, printable
-from forebay.gateway.http_client import HttpClient, OutgoingRequest, ProviderResponse, connection_of, parse_address
-from forebay.gateway.issued_keys import IssuedKey
-from forebay.gateway.metrics import GatewayMetrics, Operation
-from forebay.gateway.passed_headers import DROPPED, HOP_BY_HOP, PassedNames, hop_by_hop_names
-from forebay.gateway.provider_key import ProviderKey
-from forebay.gateway.request_headers import RequestHeaders
+from forebay.gateway.metrics.metrics import GatewayMetrics, Operation
+from forebay.gateway.requests.body_memory import BodyMemoryFull, BodyReservation, BodyTooLarge
+from forebay.gateway.targets.provider_key import ProviderKey
 from forebay.interfaces import Outcome, RateLimitHeaders
 from forebay.upstream.call_meter import ReadAnswer, StreamMeter
 from forebay.upstream.call_request import AttemptResult, Caller, CallOutcome, Permit

@@ -19,13 +19,16 @@ from forebay.errors import Overloaded
 from forebay.events import BudgetAlert, Event, log
 from forebay.gateway.abortable_block import AbortableBlock
 from forebay.gateway.access_log import AccessLog, make_entry
-from forebay.gateway.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
 from forebay.gateway.call_record import CallRecord
-from forebay.gateway.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
-from forebay.gateway.caller_ledgers import CallerLedgers
-from forebay.gateway.caller_limits import CallerLimits
-from forebay.gateway.client_timeouts import ClientTimeoutReader
-from forebay.gateway.deployments import ChosenDeployment, ModelDirectory, TargetNotAllowed, WrongProtocol
+from forebay.gateway.callers.caller import TOKEN_HEADER, CallerReader, InvalidHeader, check_one_credential
+from forebay.gateway.callers.caller_ledgers import CallerLedgers
+from forebay.gateway.callers.caller_limits import CallerLimits
+from forebay.gateway.callers.issued_keys import IssuedKey, contains_key, hide_keys
+from forebay.gateway.callers.key_permission import find_forbidden, headers_with_key
+from forebay.gateway.callers.key_registry import KeyRefusal, KeyRegistry
+from forebay.gateway.callers.tenants import Tenants, with_limits
+from forebay.gateway.connections.http_client import HttpClient
+from forebay.gateway.connections.request_headers import RequestHeaders
 from forebay.gateway.error_responses import (
     JSON,
     ApiProtocol,
@@ -45,23 +48,20 @@ from forebay.gateway.forwarded_call import (
     OutOfFiles,
     StreamingResponse,
 )
-from forebay.gateway.http_client import HttpClient
-from forebay.gateway.issued_keys import IssuedKey, contains_key, hide_keys
-from forebay.gateway.key_permission import find_forbidden, headers_with_key
-from forebay.gateway.key_registry import KeyRefusal, KeyRegistry
-from forebay.gateway.metrics import GatewayMetrics
-from forebay.gateway.model_list import is_model_list, model_in_path, model_response, with_aliases
-from forebay.gateway.provider_key import ProviderKey, without_headers
-from forebay.gateway.request_body import read_body
-from forebay.gateway.request_head import RequestHead, RequestHeads
-from forebay.gateway.request_headers import RequestHeaders
-from forebay.gateway.request_validator import RequestValidator
+from forebay.gateway.metrics.metrics import GatewayMetrics
+from forebay.gateway.requests.body_memory import BodyMemory, BodyMemoryFull, BodyReservation
+from forebay.gateway.requests.client_timeouts import ClientTimeoutReader
+from forebay.gateway.requests.model_list import is_model_list, model_in_path, model_response, with_aliases
+from forebay.gateway.requests.request_body import read_body
+from forebay.gateway.requests.request_head import RequestHead, RequestHeads
+from forebay.gateway.requests.request_validator import RequestValidator
 from forebay.gateway.rewritten_request import NotRewritable, rewrite_request, without_compression
 from forebay.gateway.settings import GatewaySettings
 from forebay.gateway.single_write_response import SingleWriteResponse, fits_single_write
-from forebay.gateway.targets import Destination, Target, detect_protocol, find_destination, make_targets
-from forebay.gateway.tenants import Tenants, with_limits
-from forebay.gateway.worker_group import WorkerGroup
+from forebay.gateway.targets.deployments import ChosenDeployment, ModelDirectory, TargetNotAllowed, WrongProtocol
+from forebay.gateway.targets.provider_key import ProviderKey, without_headers
+from forebay.gateway.targets.targets import Destination, Target, detect_protocol, find_destination, make_targets
+from forebay.gateway.workers.worker_group import WorkerGroup
 from forebay.spend_log import SpendLog
 from forebay.upstream.call_flow import CallRunner
 from forebay.upstream.call_request import Caller

@@ -5,12 +5,12 @@ from __future__ import annotations
 import msgspec
 
 from forebay.errors import ForebayError
-from forebay.gateway.caller import check_one_credential
-from forebay.gateway.deployments import ChosenDeployment
+from forebay.gateway.callers.caller import check_one_credential
+from forebay.gateway.connections.request_headers import RequestHeaders
 from forebay.gateway.forwarded_call import IncomingRequest
-from forebay.gateway.provider_key import ProviderKey, without_account, without_query_keys
-from forebay.gateway.request_headers import RequestHeaders
-from forebay.gateway.targets import Destination
+from forebay.gateway.targets.deployments import ChosenDeployment
+from forebay.gateway.targets.provider_key import ProviderKey, without_account, without_query_keys
+from forebay.gateway.targets.targets import Destination
 from forebay.upstream.providers import path_with_model, with_model
 
 

@@ -27,26 +27,26 @@ from forebay.errors import ForebayError
 from forebay.events import log
 from forebay.gateway.access_log import AccessLog
 from forebay.gateway.call_record import REQUEST_ID
-from forebay.gateway.caller_ledgers import CallerLedgers
-from forebay.gateway.connection_pool import ConnectionPool, PooledRequest
-from forebay.gateway.direct_request import RESPONSE_BOUNDS
+from forebay.gateway.callers.caller_ledgers import CallerLedgers
+from forebay.gateway.callers.key_file import parse_keys_url
+from forebay.gateway.callers.key_registry import KeyRegistry
+from forebay.gateway.connections.connection_pool import ConnectionPool, PooledRequest
+from forebay.gateway.connections.direct_request import RESPONSE_BOUNDS
 from forebay.gateway.error_responses import error_response
 from forebay.gateway.file_limit import fit_connections
 from forebay.gateway.forwarder import Forwarder, ReloadParts
-from forebay.gateway.key_file import parse_keys_url
-from forebay.gateway.key_registry import KeyRegistry
 from forebay.gateway.settings import GatewaySettings
-from forebay.gateway.worker_channel import (
+from forebay.gateway.workers.worker_channel import (
     MessageHandler,
     WorkerChannel,
     make_worker_directory,
     remove_if_last,
     restore_worker_directory,
 )
-from forebay.gateway.worker_group import WorkerGroup
-from forebay.gateway.worker_listener import WorkerListener
-from forebay.gateway.worker_processes import CannotListen, Listening, WorkerProcesses
-from forebay.gateway.worker_reload import (
+from forebay.gateway.workers.worker_group import WorkerGroup
+from forebay.gateway.workers.worker_listener import WorkerListener
+from forebay.gateway.workers.worker_processes import CannotListen, Listening, WorkerProcesses
+from forebay.gateway.workers.worker_reload import (
     PreparedReload,
     SettingsInForce,
     WorkerReload,

@@ -14,7 +14,7 @@ from forebay._validate import is_number, is_positive, is_whole, reject
 from forebay.errors import InvalidSetting, InvalidSpendLogUrl
 from forebay.events import Event
 from forebay.gateway.address import Address, parse_address, url_problem
-from forebay.gateway.key_file import InvalidKeysUrl, parse_keys_url
+from forebay.gateway.callers.key_file import InvalidKeysUrl, parse_keys_url
 from forebay.gateway.secret import read_api_key, read_provider_key, read_token
 from forebay.quota import Budget, Price, Prices, Quota
 from forebay.retry import Retry

@@ -11,7 +11,7 @@ import pytest
 from forebay.cli.config import load_gateway_settings
 from forebay.cli.toml_document import InvalidConfiguration
 from forebay.gateway import ContextSettings, FallbackSettings, GatewaySettings, QuotaSettings, TargetSettings
-from forebay.gateway.targets import make_targets
+from forebay.gateway.targets.targets import make_targets
 from forebay.quota import Price
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "forebay.toml"

@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 
 from forebay import clock
 from forebay.cli.app import app
-from forebay.gateway.issued_keys import is_well_formed, key_digest
-from forebay.gateway.key_file import read_snapshot
+from forebay.gateway.callers.issued_keys import is_well_formed, key_digest
+from forebay.gateway.callers.key_file import read_snapshot
 
 
 class Command:

@@ -21,7 +21,7 @@ from forebay.gateway import (
     TenantSettings,
 )
 from forebay.gateway.settings import KeySettings
-from forebay.gateway.targets import make_targets
+from forebay.gateway.targets.targets import make_targets
 from forebay.quota import Price, Quota
 
 URL = "https://api.openai.com"

@@ -1,0 +1,1 @@
+"""Callers of the gateway: keys issued to them, tenants, and what each of them may use."""

@@ -1,0 +1,1 @@
+"""Connections to providers, and the requests and heads of responses on them."""

@@ -1,0 +1,1 @@
+"""Targets of calls: providers, their keys, and pools of both."""
