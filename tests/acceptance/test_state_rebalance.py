@@ -20,7 +20,7 @@ PROCESSES = 3
 ROUNDS = 5
 
 PROGRAM = """
-import asyncio, json, sys
+import asyncio, json, signal, sys
 from forebay.state import ShardedState
 
 what, urls, keys, rounds = json.loads(sys.argv[1])
@@ -37,7 +37,11 @@ async def main():
         if what == "increment":
             await increment(state)
         else:
-            await state.rebalance(lambda progress: print(progress.moved, flush=True))
+            await state.rebalance(wait_to_be_killed)
+
+def wait_to_be_killed(progress):
+    print(progress.moved, flush=True)
+    signal.pause()
 
 asyncio.run(main())
 """
