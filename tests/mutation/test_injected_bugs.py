@@ -1750,6 +1750,9 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
     ),
+    bugs.a_process_that_cuts_the_limit_goes_on_in_all_its_slots: (
+        test_lease.test_a_process_that_cuts_the_limit_starts_no_call_in_the_slots_that_others_have
+    ),
     bugs.each_process_gives_the_alert_of_a_shared_budget: (
         test_shared_accounts.test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget
     ),

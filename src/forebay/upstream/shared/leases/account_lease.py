@@ -160,8 +160,17 @@ class AccountLease(LedgerLease):
         if now < self.until:  # `is_leased` inlined: each call asks
             if self._demand is not None and self._stoppages.needs_probe(now):
                 return min(self._allowed, self._demand.in_flight)
-            return self._allowed
+            return self._allowed if self._learned is None else self._left_by_cut(now, self._learned)
         return self._fair_slots(now) if self.is_away(now) else 0
+
+    def _left_by_cut(self, now: float, limit: LeasedLimit) -> int:
+        """Return the calls that may be in flight here. A cut of this process is taken from what it was allowed itself.
+
+        The others may have all that is left, and go on until they know of the cut.
+        """
+        if not limit.is_cut_alone:
+            return self._allowed
+        return max(0, min(self._allowed, limit.limit(now) - self._others))
 
     def likely_slots(self, now: float) -> float:
         """Return how many calls this process can expect to have in flight, if it asks for them; at least one."""
@@ -246,8 +255,11 @@ class AccountLease(LedgerLease):
         wanted = in_use + min(waiting, max(1, self._limit(now)))
         if not self.is_leased(now):
             self._allowed = 0
-        elif not self._slots.give_back:
-            wanted = max(wanted, min(self._peak, self._allowed))
+        else:
+            if self._learned is not None:
+                self._allowed = self._left_by_cut(now, self._learned)
+            if not self._slots.give_back:
+                wanted = max(wanted, min(self._peak, self._allowed))
         self._peak = in_use
         self._allowed = min(self._allowed, wanted)
         return SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)

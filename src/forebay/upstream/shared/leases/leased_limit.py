@@ -78,6 +78,11 @@ class LeasedLimit(Limit):
             return True
         return self._limit.reopens_at(now) is not None and self.is_cut(now)
 
+    @property
+    def is_cut_alone(self) -> bool:
+        """True if this process has cut it, and has not told that yet."""
+        return self._cut is not None
+
     def is_cut(self, now: float) -> bool:
         """Return whether it was cut, or a silence has begun, since the latest request."""
         return self._cut is not None or self._silence(now) > 0.0
