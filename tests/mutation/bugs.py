@@ -4218,6 +4218,10 @@ def a_process_that_cuts_the_limit_goes_on_in_all_its_slots() -> None:
     replace(AccountLease, AccountLease._left_by_cut, lambda self, *_: self._allowed)
 
 
+def each_process_weighs_its_refusals_alone() -> None:
+    always(AdaptiveLimit, AdaptiveLimit.add_answers, returns=None)
+
+
 def each_process_gives_the_alert_of_a_shared_budget() -> None:
     original = budget_shares.take_alert
 

@@ -35,6 +35,7 @@ _PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
 _RAISED: Final = 0.05  # seconds after which others are told that the limit has risen
+_REFUSED: Final = 0.01  # ... or that a call was refused, which the others count as evidence
 _CALLED: Final = 30.0  # seconds after a call in which it is to be known soon that calls are let through again
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
 
@@ -330,6 +331,8 @@ class AccountLease(LedgerLease):
             if self._learned.is_cut(now):
                 return now
             when = min(when, now + _RAISED)
+        if self._learned is not None and self._learned.has_refusals:
+            when = min(when, now + _REFUSED)
         when = min(when, self._stoppages.ask_at(now, waiting=demand.queue.length > 0))
         if self.is_bounded and demand.in_flight < self._counted:  # `_allowed` is never more than that
             if self._allowed < self._counted:  # others wait for what was given back
