@@ -169,6 +169,7 @@ def run_in_step(processes: int, slots: int) -> Fleet:
     return simulate(main, seed=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "slots"), [(2, 1), (2, 3), (2, 5), (4, 1), (4, 3)])
 def test_processes_whose_calls_end_in_step_are_refused_as_rarely_as_one(processes: int, slots: int) -> None:
     one, several = run_in_step(1, slots), run_in_step(processes, slots)
