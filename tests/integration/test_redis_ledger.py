@@ -30,6 +30,7 @@ from tests.support.redis_servers import (
 
 from forebay import clock
 from forebay.errors import StoreUnavailable
+from forebay.limit import AnswerCounts
 from forebay.storage import parse_url, redis_master
 from forebay.upstream.shared.ledger.ledger import AccountLedger
 from forebay.upstream.shared.ledger.ledger_state import LAYOUT
@@ -145,6 +146,8 @@ steps = st.lists(
             "limit_epoch": st.sampled_from(["own", "own", "own", -1, 2]),
             "cut": st.one_of(st.none(), st.none(), eighths),
             "raised": eighths,
+            "returned": st.sampled_from([0.0, 0.0, 1.0, 2.5]),
+            "answers": st.tuples(st.integers(0, 9), st.integers(0, 3), st.integers(0, 1)),
             "silence": st.sampled_from([0.0, 0.0, 0.0, 1.5]),
             "stoppages": st.dictionaries(st.sampled_from(["breaker", "pause"]), stoppages),
             "leaving": st.sampled_from([False] * 7 + [True]),
@@ -307,7 +310,10 @@ def limit_request_of(step: dict[str, Any], reply: ExchangeReply | None) -> Limit
         most=64.0,
         cut=step["cut"],
         raised=step["raised"],
+        returned=step["returned"],
+        returns_to=4.0 * step["returned"],
         silence=step["silence"],
+        answers=AnswerCounts(*step["answers"]),
     )
 
 

@@ -4241,6 +4241,14 @@ def a_cut_counts_for_each_process_that_makes_one() -> None:
     vars(ledger)["report_limit"] = report
 
 
+def a_process_that_cuts_the_limit_goes_on_in_all_its_slots() -> None:
+    replace(AccountLease, AccountLease._left_by_cut, lambda self, *_: self._allowed)
+
+
+def each_process_weighs_its_refusals_alone() -> None:
+    always(AdaptiveLimit, AdaptiveLimit.add_answers, returns=None)
+
+
 def each_process_gives_the_alert_of_a_shared_budget() -> None:
     original = budget_shares.take_alert
 

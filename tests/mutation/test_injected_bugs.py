@@ -197,6 +197,7 @@ from tests.unit.upstream.shared import (
     test_changed_terms,
     test_fault_row,
     test_lease,
+    test_leased_limit,
     test_leased_stoppages,
     test_ledger,
     test_ledger_layout,
@@ -1771,6 +1772,12 @@ CAUGHT_BY: dict[Callable[[], None], Callable[..., Any]] = {
     # --- shared accounts ---
     bugs.a_cut_counts_for_each_process_that_makes_one: (
         test_limit_learning.test_the_first_cut_of_an_epoch_counts_and_no_other
+    ),
+    bugs.a_process_that_cuts_the_limit_goes_on_in_all_its_slots: (
+        test_lease.test_a_process_that_cuts_the_limit_starts_no_call_in_the_slots_that_others_have
+    ),
+    bugs.each_process_weighs_its_refusals_alone: (
+        test_leased_limit.test_refusals_of_all_processes_are_weighed_together
     ),
     bugs.each_process_gives_the_alert_of_a_shared_budget: (
         test_shared_accounts.test_an_alert_is_given_by_one_of_the_processes_that_share_a_budget

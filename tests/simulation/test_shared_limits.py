@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -29,10 +30,17 @@ def test_four_processes_get_the_goodput_of_one_and_equal_shares() -> None:
     assert four.fairness() >= 0.95
 
 
+def _seconds() -> float:
+    return 0.5 + clock.draw()
+
+
 class Fleet:
     """Processes that learn the limit of one account, at a provider that serves `capacity` calls at a time."""
 
-    def __init__(self, processes: int, capacity: int, *, losses: float = 0.0) -> None:
+    def __init__(
+        self, processes: int, capacity: int, *, losses: float = 0.0, seconds: Callable[[], float] = _seconds
+    ) -> None:
+        self.seconds = seconds
         self.store = MemoryLedgerStore()
         self.ways = [FaultyStore(self.store, losses=losses) for _ in range(processes)]
         upstreams = [Upstream("llm", shared=way) for way in self.ways]
@@ -41,10 +49,10 @@ class Fleet:
         self.capacity = capacity
         self.in_flight = self.most_in_flight = 0
         self.served = [0] * processes
-        self.sent = 0
+        self.sent = self.refused = 0
 
     async def call(self, process: int) -> None:
-        """Make calls of a second, one after the other; a refusal comes at once."""
+        """Make calls one after the other; a refusal comes at once."""
         account = self.accounts[process]
         while True:
             try:
@@ -56,10 +64,11 @@ class Fleet:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
             refused = self.in_flight > self.capacity
-            await asyncio.sleep(0.05 if refused else 0.5 + clock.draw())
+            await asyncio.sleep(0.05 if refused else self.seconds())
             self.in_flight -= 1
             account.settle(permit, CallOutcome(kind=Outcome.OVERLOAD if refused else Outcome.SUCCESS))
             self.served[process] += not refused
+            self.refused += refused
 
     def start(self, callers: int) -> list[asyncio.Task[None]]:
         return [asyncio.create_task(self.call(process)) for process in range(len(self.served)) for _ in range(callers)]
@@ -144,3 +153,25 @@ def test_while_the_store_is_away_each_process_goes_on_with_its_share_of_the_limi
     served, limit = simulate(main, seed=4)
     assert min(served) >= 0.8 * 60 * 10
     assert 30 <= limit <= 45
+
+
+def run_in_step(processes: int, slots: int) -> Fleet:
+    """Return processes with twice as many callers as slots, whose calls all take a second, after two minutes."""
+
+    async def main() -> Fleet:
+        fleet = Fleet(processes, slots, seconds=lambda: 1.0)
+        fleet.start(max(2, 2 * slots // processes))
+        await asyncio.sleep(60.0)
+        fleet.served, fleet.refused = [0] * processes, 0
+        await asyncio.sleep(60.0)
+        return fleet
+
+    return simulate(main, seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "slots"), [(2, 1), (2, 3), (2, 5), (4, 1), (4, 3)])
+def test_processes_whose_calls_end_in_step_are_refused_as_rarely_as_one(processes: int, slots: int) -> None:
+    one, several = run_in_step(1, slots), run_in_step(processes, slots)
+    assert several.refused <= 2 * one.refused + 0.02 * sum(several.served) + 2  # of a minute
+    assert sum(several.served) >= 0.97 * sum(one.served)

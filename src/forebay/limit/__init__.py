@@ -6,7 +6,7 @@ alone: it has no queue and no clock, and its owner counts the calls in flight.
 
 from forebay.limit.adaptive import AdaptiveLimit, AdaptiveLimitState
 from forebay.limit.aimd import AimdLimit, TimeoutAimdLimit
-from forebay.limit.base import Grant, Limit
+from forebay.limit.base import AnswerCounts, Grant, Limit
 from forebay.limit.fixed import FixedLimit
 from forebay.limit.gradient import GradientLimit
 from forebay.limit.vegas import VegasLimit
@@ -15,6 +15,7 @@ __all__ = [
     "AdaptiveLimit",
     "AdaptiveLimitState",
     "AimdLimit",
+    "AnswerCounts",
     "FixedLimit",
     "GradientLimit",
     "Grant",

@@ -36,6 +36,30 @@ class Grant(msgspec.Struct):
     sample: int = 0
 
 
+class AnswerCounts(msgspec.Struct, frozen=True):
+    """Counts of calls that were accepted and refused, from which several processes learn a limit together.
+
+    Attributes:
+        accepted: calls that were accepted, of those sent under the limit that held when their answers came.
+        refused: calls that were refused, of those.
+        contradicted: refused calls that say nothing about the limit, because as many in flight were accepted.
+    """
+
+    accepted: int = 0
+    refused: int = 0
+    contradicted: int = 0
+
+    def __add__(self, other: AnswerCounts) -> AnswerCounts:
+        return AnswerCounts(
+            self.accepted + other.accepted, self.refused + other.refused, self.contradicted + other.contradicted
+        )
+
+    def __sub__(self, other: AnswerCounts) -> AnswerCounts:
+        return AnswerCounts(
+            self.accepted - other.accepted, self.refused - other.refused, self.contradicted - other.contradicted
+        )
+
+
 class Limit(ABC):
     """A limit on the calls in flight at one account. Pure: it sees grants, outcomes and times, nothing else.
 
@@ -108,6 +132,20 @@ class Limit(ABC):
             cut: it has been cut before, by whatever process, so it is more than a first guess.
         """
         self._set_level(level)
+
+    def returns_to(self) -> float:
+        """Return the level that it goes back to by rises that several processes make at once; 0 if there is none.
+
+        Above it, rises of several processes add up.
+        """
+        return 0.0
+
+    def answers(self) -> AnswerCounts:
+        """Return the answers that it has counted as evidence so far. One that falls at the first refusal has none."""
+        return AnswerCounts()
+
+    def add_answers(self, answers: AnswerCounts) -> None:  # noqa: B027 - few limits weigh evidence
+        """Count the answers that other processes have had under the present limit. The default does nothing."""
 
     def _set_level(self, level: float) -> None:
         """Set the limit, kept between 1 and `max_limit`. Fractions add up; `limit` rounds down."""

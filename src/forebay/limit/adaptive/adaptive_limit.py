@@ -11,7 +11,7 @@ from forebay.limit.adaptive.limit_history import LimitHistory
 from forebay.limit.adaptive.limit_probe import LimitProbe
 from forebay.limit.adaptive.refusal_detector import RefusalDetector
 from forebay.limit.adaptive.slowdown_experiment import ExperimentResult, ExperimentStage, SlowdownExperiment
-from forebay.limit.base import Grant, Limit
+from forebay.limit.base import AnswerCounts, Grant, Limit
 from forebay.limit.outage_backoff import OutageBackoff
 
 _NEARLY_FULL: Final = 0.9  # share of the limit, less one call, from which its use shows whether the limit holds
@@ -179,6 +179,20 @@ class AdaptiveLimit(Limit):
             if int(level) > int(self._level):
                 self._probe.begin()  # another process makes one
         self._level = level
+
+    def returns_to(self) -> float:
+        """Return the best limit of late, if one is known."""
+        return self._history.best if self._history.known else 0.0
+
+    def answers(self) -> AnswerCounts:
+        """Return the answers that it has counted as evidence so far."""
+        return self._detector.answers
+
+    def add_answers(self, answers: AnswerCounts) -> None:
+        """Count the answers that other processes have had, as if one limit had seen all of them."""
+        self._detector.add_answers(answers)
+        if answers.accepted:
+            self._falling = False
 
     def _fall(self, now: float, level: int) -> None:
         """Lower the limit: `level` calls in flight are too many."""

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from forebay.limit.base import Grant
+from forebay.limit.base import AnswerCounts, Grant
 
 _OVERLOAD_SHARE: Final = 0.1  # least share of calls that a provider at its capacity refuses
 _OVERLOAD_CONTRAST: Final = 4.0  # ... and at least so many times the background ...
@@ -58,6 +58,7 @@ class RefusalDetector:
 
     def __init__(self) -> None:
         self.background = _FIRST_BACKGROUND
+        self._accepted = self._refused = self._contradicted = 0  # of `answers`
         self._evidence = 0.0
         self._refusals = 0  # since there was no evidence
         self._latest_overload = 0  # refusals that were taken for it
@@ -70,6 +71,11 @@ class RefusalDetector:
         self._weighed_background = -1.0
         self._weigh_answers()
 
+    @property
+    def answers(self) -> AnswerCounts:
+        """The answers that it has counted, but for those of other processes."""
+        return AnswerCounts(self._accepted, self._refused, self._contradicted)
+
     def record_accepted(self, grant: Grant, *, current: bool) -> None:
         """Count an accepted call; `current`: it was sent under the present limit."""
         served = self._contradict(grant) if self._recent else grant.in_flight
@@ -79,6 +85,7 @@ class RefusalDetector:
         if self.background > _MIN_BACKGROUND or self._weighed_background != _MIN_BACKGROUND:
             self._weigh_answers()
         if current:
+            self._accepted += 1
             self._evidence += self._acceptance_weight
             if self._evidence <= 0.0:
                 self._evidence, self._refusals = 0.0, 0
@@ -89,9 +96,22 @@ class RefusalDetector:
         new = grant.in_flight > self._peak or grant.granted_at - self._peak_sent > _PEAK_LASTS
         late = now - grant.granted_at > _CONTRADICTED_WITHIN
         self._recent.append(_Refusal(grant.granted_at, now, grant.in_flight, new or late))
+        self._refused += 1
         self._evidence += self._refusal_weight
         self._refusals += 1
         self._compare(grant.in_flight)
+
+    def add_answers(self, answers: AnswerCounts) -> None:
+        """Count the answers of other processes, whose order is not known."""
+        calls = answers.accepted + answers.contradicted
+        if calls:
+            learned = 1.0 - (1.0 - _BACKGROUND_WEIGHT) ** calls
+            self.background += learned * (answers.contradicted / calls - self.background)
+            self._weigh_answers()
+        self._evidence += answers.accepted * self._acceptance_weight + answers.refused * self._refusal_weight
+        self._refusals += answers.refused
+        if self._evidence <= 0.0:
+            self._evidence, self._refusals = 0.0, 0
 
     def _discount(self, grant: Grant) -> None:
         """Take a refused call out of those in flight with an accepted one: the provider did not have it."""
@@ -125,6 +145,7 @@ class RefusalDetector:
         for refusal in recent:
             if refusal.sent < sent and refusal.in_flight <= served and not refusal.contradicted:
                 refusal.contradicted = True
+                self._contradicted += 1
                 self.background += _BACKGROUND_WEIGHT * (1.0 - self.background)
         return served
 

@@ -8,7 +8,7 @@ from typing import Final
 from forebay._hooks import call_hook
 from forebay._validate import is_number
 from forebay.interfaces import Outcome
-from forebay.limit import Grant, Limit
+from forebay.limit import AnswerCounts, Grant, Limit
 
 _RETRY: Final = 1.0  # seconds after which a limit of 0 is asked again, if it could not say when it rises
 
@@ -67,6 +67,20 @@ class GuardedLimit(Limit):
     def adopt(self, now: float, level: float, *, cut: bool) -> None:
         """Pass on the limit that several processes have learned."""
         call_hook(self._name, partial(self._guarded.adopt, now, level, cut=cut))
+
+    def returns_to(self) -> float:
+        """Return the level that it goes back to; none if that fails or is not a number."""
+        level = call_hook(self._name, self._guarded.returns_to)
+        return level if is_number(level) else 0.0
+
+    def answers(self) -> AnswerCounts:
+        """Return the answers that it has counted; none if that fails."""
+        answers = call_hook(self._name, self._guarded.answers)
+        return answers if isinstance(answers, AnswerCounts) else AnswerCounts()
+
+    def add_answers(self, answers: AnswerCounts) -> None:
+        """Pass on the answers that other processes have had."""
+        call_hook(self._name, self._guarded.add_answers, answers)
 
 
 def guarded_limit(limit: Limit) -> Limit:

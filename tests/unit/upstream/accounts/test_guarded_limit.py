@@ -14,7 +14,10 @@ from forebay.limit import FixedLimit, Grant, Limit
 from forebay.upstream.accounts.guarded_limit import GuardedLimit, guarded_limit
 from forebay.upstream.shared.stores.memory_store import MemoryLedgerStore
 
-METHODS = ["observe", "limit", "reopens_at", "grant", "accepted", "learned_level", "highest_level", "adopt"]
+METHODS = [
+    *("observe", "limit", "reopens_at", "grant", "accepted", "learned_level", "highest_level", "adopt"),
+    *("returns_to", "answers", "add_answers"),
+]
 
 
 class OwnLimit(Limit):

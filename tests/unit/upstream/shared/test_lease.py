@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from forebay import clock
+from forebay.interfaces import Outcome
+from forebay.limit import AimdLimit, Limit
 from forebay.quota import Budget
 from forebay.task import Priority
 from forebay.upstream.accounts.refusals import RefusalControl
@@ -24,6 +26,7 @@ from forebay.upstream.shared.ledger.messages import (
     ExchangeRequest,
     LedgerTerms,
     QuotaTerms,
+    SlotRequest,
 )
 
 TERMS = LedgerTerms(quotas=(QuotaTerms("requests", 600.0, 60.0),), max_concurrent=8)
@@ -213,6 +216,29 @@ def test_a_process_keeps_its_fair_share_while_the_store_is_away(link: FakeLink) 
     (bucket,) = lease.buckets
     assert bucket.usable(LEASE + 1.0) == 0.0  # it begins with nothing
     assert bucket.usable(LEASE + 3.0) == pytest.approx(2 * 10.0 / 2)
+
+
+def test_a_process_that_cuts_the_limit_starts_no_call_in_the_slots_that_others_have(link: FakeLink) -> None:
+    terms = LedgerTerms(limit="aimd")
+    lease, other_link = AccountLease(link, "l", terms), FakeLink()
+    limit, demand, ledger = use_last_slot_of_two(lease, AccountLease(other_link, "l", terms))
+    limit.observe(0.3, limit.grant(0.2, 1), Outcome.OVERLOAD)  # the limit is 1 now, and the other process has that
+    demand.in_flight = 0
+    assert lease.slots(0.3) == 0
+    request = lease.prepare(0.3)
+    assert request.slots == SlotRequest(in_use=0, held=0, wanted=0)
+    assert lease.slots(0.3) == 0  # nor while it is told
+    lease.apply(0.4, request, ledger.exchange(START + 0.4, request))
+    assert lease.slots(0.4) == 0
+
+
+def use_last_slot_of_two(lease: AccountLease, other: AccountLease) -> tuple[Limit, SimpleNamespace, AccountLedger]:
+    """Let two processes have a call in flight each, by a limit of 2; return the limit, the demand and the ledger."""
+    other.link.member = "b"
+    limit, _ = lease.bind_limit(AimdLimit(initial_limit=2)), other.bind_limit(AimdLimit(initial_limit=2))
+    ledger = exchange(lease, None, now=0.0)
+    use_slots(other, ledger, 0.1, calls=1)
+    return limit, use_slots(lease, ledger, 0.2, calls=1), ledger
 
 
 def test_a_budget_is_said_to_renew_as_late_as_the_reply_may_have_been_made(

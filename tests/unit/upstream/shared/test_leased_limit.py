@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forebay.interfaces import Outcome
-from forebay.limit import AdaptiveLimit, AimdLimit, Grant
+from forebay.limit import AdaptiveLimit, AimdLimit, AnswerCounts, Grant
 from forebay.upstream.shared.leases.leased_limit import LeasedLimit
 from forebay.upstream.shared.ledger.messages import LimitReply, LimitRequest
 
@@ -71,6 +71,55 @@ def test_processes_that_have_learned_apart_report_their_part_of_the_rises() -> N
     limit = leased()
     end_call(limit, Outcome.SUCCESS)
     assert limit.report(1.0, members=4).raised == 0.25
+
+
+def adaptive() -> LeasedLimit:
+    """Return an adaptive limit of 10, for which three refusals are no reason to fall."""
+    limit = LeasedLimit(AdaptiveLimit(), lambda *_: 0)
+    limit.receive(0.0, limit.report(0.0), LimitReply(epoch=0, level=10.0))
+    for _ in range(3):
+        end_call(limit, Outcome.OVERLOAD)
+    assert limit.limit(1.0) == 10
+    return limit
+
+
+def test_refusals_of_all_processes_are_weighed_together() -> None:
+    limit = adaptive()
+    request = limit.report(1.0)
+    assert request.answers == AnswerCounts(refused=3)
+    limit.receive(1.0, request, LimitReply(epoch=0, level=10.0, answers=AnswerCounts(refused=6)))
+    end_call(limit, Outcome.OVERLOAD)
+    assert limit.limit(1.0) < 10
+
+
+def test_own_refusals_count_once() -> None:
+    limit = adaptive()
+    for _ in range(2):
+        limit.receive(1.0, limit.report(1.0), LimitReply(epoch=0, level=10.0, answers=AnswerCounts(refused=3)))
+    end_call(limit, Outcome.OVERLOAD)
+    assert limit.limit(1.0) == 10
+
+
+def test_refusals_before_a_cut_do_not_count_after_it() -> None:
+    limit = adaptive()
+    limit.receive(1.0, limit.report(1.0), LimitReply(epoch=1, level=9.0, answers=AnswerCounts(accepted=1)))
+    assert limit.report(1.0).answers == AnswerCounts()
+
+
+def test_a_refusal_is_news_until_it_is_reported() -> None:
+    limit = adaptive()
+    assert limit.has_refusals
+    limit.report(1.0)
+    assert not limit.has_refusals
+
+
+def test_rises_back_to_the_best_level_of_late_are_reported_apart() -> None:
+    limit = LeasedLimit(AdaptiveLimit(), lambda *_: 0)
+    limit.receive(0.0, limit.report(0.0), LimitReply(epoch=1, level=10.0))  # the best one now
+    limit.receive(0.0, limit.report(0.0), LimitReply(epoch=2, level=8.5))
+    limit.observe(5.0, limit.grant(4.0, 8), Outcome.SUCCESS)
+    request = limit.report(5.0)
+    assert (request.raised, request.returned, request.returns_to) == (0.0, 1.0, 10.0)
 
 
 def test_a_silence_after_a_lone_refusal_is_reported_once() -> None:

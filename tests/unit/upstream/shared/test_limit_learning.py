@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+from forebay.limit import AnswerCounts
 from forebay.upstream.shared.ledger.ledger import AccountLedger
 from forebay.upstream.shared.ledger.messages import (
     ExchangeReply,
@@ -63,6 +64,26 @@ def test_rises_of_all_members_add_up() -> None:
         members.exchange(name)
     members.exchange("a", LimitRequest(epoch=0, raised=2.0))
     assert members.exchange("b", LimitRequest(epoch=0, raised=3.0)).level == 15.0
+
+
+def test_rises_back_to_a_level_that_has_held_lead_no_further_however_many_make_them() -> None:
+    members = Members()
+    for name in "abc":
+        members.exchange(name)
+    back = LimitRequest(epoch=0, returned=2.0, returns_to=12.5)
+    assert [members.exchange(name, back).level for name in "abc"] == [12.0, 12.5, 12.5]
+    assert members.exchange("a", LimitRequest(epoch=0, raised=0.25)).level == 12.75
+    assert members.exchange("a", LimitRequest(epoch=0, returned=1.0, returns_to=11.0)).level == 12.75
+
+
+def test_the_answers_of_all_members_add_up_until_a_cut() -> None:
+    members = Members()
+    for name in "ab":
+        members.exchange(name)
+    members.exchange("a", LimitRequest(epoch=0, answers=AnswerCounts(4, 1, 1)))
+    assert members.exchange("b", LimitRequest(epoch=0, answers=AnswerCounts(2, 2))).answers == AnswerCounts(6, 3, 1)
+    assert members.exchange("a", LimitRequest(epoch=0, cut=8.0, answers=AnswerCounts(1))).answers == AnswerCounts(1)
+    assert members.exchange("b", LimitRequest(epoch=0, answers=AnswerCounts(5, 5))).answers == AnswerCounts(1)
 
 
 def test_the_first_cut_of_an_epoch_counts_and_no_other() -> None:

@@ -201,7 +201,8 @@ class RefusalControl:
             says_nothing = says_nothing or self.rate.measured or in_flight <= _SURELY_MORE * self._cause.peak
         more = self._cause.record_refused(now, sent_at, in_flight, rising=says_nothing, paused=self._pause.silent)
         if begins:
-            self._more, self._judged = more, False
+            untried = self.rate.share < 1.0 and not self._cause.peak  # others may have all that is accepted
+            self._more, self._judged = more or untried, False
             self._untried += 1
         if verdict is TrialVerdict.LIMIT:
             self._record_limit(now)

@@ -35,6 +35,7 @@ _PATIENT: Final = 4.0  # times that of a process which has none
 _SLOT_POLL: Final = (0.005, 0.05)  # seconds between two requests for a slot, at least and at most ...
 _SLOT_POLL_SHARE: Final = 0.02  # ... and of the time for which a call holds one
 _RAISED: Final = 0.05  # seconds after which others are told that the limit has risen
+_REFUSED: Final = 0.01  # ... or that a call was refused, which the others count as evidence
 _CALLED: Final = 30.0  # seconds after a call in which it is to be known soon that calls are let through again
 _IDLE_SLOTS: Final = 0.05  # seconds after which free slots are returned
 
@@ -160,8 +161,17 @@ class AccountLease(LedgerLease):
         if now < self.until:  # `is_leased` inlined: each call asks
             if self._demand is not None and self._stoppages.needs_probe(now):
                 return min(self._allowed, self._demand.in_flight)
-            return self._allowed
+            return self._allowed if self._learned is None else self._left_by_cut(now, self._learned)
         return self._fair_slots(now) if self.is_away(now) else 0
+
+    def _left_by_cut(self, now: float, limit: LeasedLimit) -> int:
+        """Return the calls that may be in flight here. A cut of this process is taken from what it was allowed itself.
+
+        The others may have all that is left, and go on until they know of the cut.
+        """
+        if not limit.is_cut_alone:
+            return self._allowed
+        return max(0, min(self._allowed, limit.limit(now) - self._others))
 
     def likely_slots(self, now: float) -> float:
         """Return how many calls this process can expect to have in flight, if it asks for them; at least one."""
@@ -246,8 +256,11 @@ class AccountLease(LedgerLease):
         wanted = in_use + min(waiting, max(1, self._limit(now)))
         if not self.is_leased(now):
             self._allowed = 0
-        elif not self._slots.give_back:
-            wanted = max(wanted, min(self._peak, self._allowed))
+        else:
+            if self._learned is not None:
+                self._allowed = self._left_by_cut(now, self._learned)
+            if not self._slots.give_back:
+                wanted = max(wanted, min(self._peak, self._allowed))
         self._peak = in_use
         self._allowed = min(self._allowed, wanted)
         return SlotRequest(in_use=in_use, held=max(in_use, self._allowed), wanted=wanted)
@@ -318,6 +331,8 @@ class AccountLease(LedgerLease):
             if self._learned.is_cut(now):
                 return now
             when = min(when, now + _RAISED)
+        if self._learned is not None and self._learned.has_refusals:
+            when = min(when, now + _REFUSED)
         when = min(when, self._stoppages.ask_at(now, waiting=demand.queue.length > 0))
         if self.is_bounded and demand.in_flight < self._counted:  # `_allowed` is never more than that
             if self._allowed < self._counted:  # others wait for what was given back

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from forebay.interfaces import Outcome
-from forebay.limit import Grant, Limit
+from forebay.limit import AnswerCounts, Grant, Limit
 from forebay.upstream.shared.ledger.messages import LimitReply, LimitRequest
 
 _EPSILON: Final = 1e-9  # calls: less is a rounding error
@@ -21,6 +21,9 @@ class LeasedLimit(Limit):
     Args:
         limit: of this process.
         others: returns the calls in flight of other processes; it is given the time, and the calls of this one.
+
+    Attributes:
+        has_refusals: calls were refused, and the others do not know that yet.
     """
 
     def __init__(self, limit: Limit, others: Callable[[float, int], int]) -> None:
@@ -28,17 +31,23 @@ class LeasedLimit(Limit):
         self._limit = limit
         self._others = others
         self._epoch = -1
+        self._answers_of_all = AnswerCounts()  # of this epoch, as the ledger told them
         self._reset()
         self._silent_until = 0.0  # as this limit had it when that was last reported, or as the ledger told it
 
     def _reset(self) -> None:
         self._cut: float | None = None  # since the latest request
         self._raised = 0.0  # ... and the cut
+        self._returned = self._returns_to = 0.0  # rises besides, back to a level that has held, and that level
+        self._reported = self._limit.answers()  # until then
+        self.has_refusals = False
 
     def observe(self, now: float, grant: Grant, outcome: Outcome, *, slowdown: float | None = None) -> None:
         """Pass a finished call on."""
         before = self._limit.learned_level(now)
         self._limit.observe(now, grant, outcome, slowdown=slowdown)
+        if outcome is Outcome.OVERLOAD:
+            self.has_refusals = self._limit.answers().refused > self._reported.refused
         if (after := self._limit.learned_level(now)) != before:
             self._note(before, after)
 
@@ -51,7 +60,11 @@ class LeasedLimit(Limit):
 
     def _note(self, before: float, after: float) -> None:
         if after < before - _EPSILON:
-            self._cut, self._raised = after, 0.0
+            self._reset()
+            self._cut = after
+        elif before < (level := self._limit.returns_to()):
+            self._returned += after - before
+            self._returns_to = max(level, after)
         else:
             self._raised += after - before
 
@@ -74,9 +87,14 @@ class LeasedLimit(Limit):
 
     def has_news(self, now: float) -> bool:
         """Return whether the ledger is to be told at once that it was cut, or soon that it has risen."""
-        if self._cut is not None or self._raised >= 1.0:
+        if self._cut is not None or self._raised + self._returned >= 1.0:
             return True
         return self._limit.reopens_at(now) is not None and self.is_cut(now)
+
+    @property
+    def is_cut_alone(self) -> bool:
+        """True if this process has cut it, and has not told that yet."""
+        return self._cut is not None
 
     def is_cut(self, now: float) -> bool:
         """Return whether it was cut, or a silence has begun, since the latest request."""
@@ -98,7 +116,10 @@ class LeasedLimit(Limit):
             most=self._limit.highest_level(),
             cut=self._cut,
             raised=self._raised / members,
+            returned=self._returned,
+            returns_to=self._returns_to,
             silence=silence,
+            answers=self._limit.answers() - self._reported,
         )
         self._reset()
         return request
@@ -106,13 +127,21 @@ class LeasedLimit(Limit):
     def receive(self, now: float, request: LimitRequest, reply: LimitReply) -> None:
         """Take over what all have learned, and what this process has since the request."""
         own_cut = request.cut is not None and reply.epoch == request.epoch + 1
-        if reply.epoch != request.epoch and not own_cut:
+        others = reply.answers
+        if reply.epoch == request.epoch:
+            others -= self._answers_of_all + request.answers
+        elif own_cut:
+            others -= request.answers
+        else:
             self._reset()  # it comes from calls that were sent before a cut of another process
-        self._epoch = reply.epoch
+        self._epoch, self._answers_of_all = reply.epoch, reply.answers
         level = reply.level if self._cut is None else min(reply.level, self._cut)
         if reply.silence > 0.0:
             self._silent_until = max(self._silent_until, now + reply.silence)
+        level = max(level, min(level + self._returned, self._returns_to))
         self._limit.adopt(now, level + self._raised, cut=reply.epoch > 0)
+        if self._cut is None and min(others.accepted, others.refused, others.contradicted) >= 0:
+            self._limit.add_answers(others)
 
     def _silence(self, now: float) -> float:
         """Return the seconds of a silence that the ledger does not know of."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
+from forebay.limit import AnswerCounts
 from forebay.upstream.shared.ledger.messages import ExchangeReply, LedgerTerms, QuotaTerms, SlotRequest
 from forebay.upstream.shared.ledger.observed_quota import ObservedQuota
 from forebay.upstream.shared.ledger.rate_messages import SharedRate
 from forebay.upstream.shared.ledger.stoppage_state import StoppageState
 
-LAYOUT = 2
+LAYOUT = 3
 """The version of the layout of the structs in this file: one more with each field, here and in `redis_exchange.lua`.
 
 Every field that layout 1 did not have has a default, with which a ledger that was written before goes on.
@@ -125,6 +126,7 @@ class LedgerState(msgspec.Struct):
         previous_spent: dollars that were spent in that one.
         limit: that the members have learned.
         limit_epoch: how often it was cut.
+        limit_answers: that the members have had since it was cut.
         silent_until: until then no call is sent, because a lone one was refused.
         stoppages: of its calls, by kind.
         layout: of the version that wrote it. The first one wrote none.
@@ -152,6 +154,7 @@ class LedgerState(msgspec.Struct):
     previous_spent: float = 0.0
     limit: float = 1.0
     limit_epoch: int = 0
+    limit_answers: AnswerCounts = AnswerCounts()
     silent_until: float = 0.0
     stoppages: dict[str, StoppageState] = {}
     layout: int = 1

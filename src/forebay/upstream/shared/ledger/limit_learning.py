@@ -8,6 +8,7 @@ The same rules are in `redis_exchange.lua`: change both; `tests/integration/test
 
 from __future__ import annotations
 
+from forebay.limit import AnswerCounts
 from forebay.upstream.shared.ledger.ledger_state import LedgerState
 from forebay.upstream.shared.ledger.messages import LimitReply, LimitRequest
 
@@ -16,6 +17,7 @@ def begin_limit(state: LedgerState, asked: LimitRequest | None) -> None:
     """Begin with the limit that a member has."""
     state.limit = 1.0 if asked is None else max(1.0, asked.level)
     state.limit_epoch = 0
+    state.limit_answers = AnswerCounts()
     state.silent_until = 0.0
 
 
@@ -25,7 +27,9 @@ def report_limit(state: LedgerState, asked: LimitRequest) -> None:
         if asked.cut is not None:
             state.limit = min(state.limit, asked.cut)
             state.limit_epoch += 1
-        state.limit += asked.raised
+            state.limit_answers = AnswerCounts()
+        state.limit = max(state.limit, min(state.limit + asked.returned, asked.returns_to)) + asked.raised
+        state.limit_answers += asked.answers
     state.limit = max(1.0, min(state.limit, asked.most))
     if asked.silence > 0.0:
         state.silent_until = max(state.silent_until, state.time + asked.silence)
@@ -38,4 +42,5 @@ def limit_reply(state: LedgerState, name: str) -> LimitReply:
         level=state.limit,
         silence=max(0.0, state.silent_until - state.time),
         others=sum(other.slots for other in state.others(name)),
+        answers=state.limit_answers,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from forebay._text import format_duration
+from forebay.limit import AnswerCounts
 from forebay.upstream.shared.ledger.observed_messages import ObservedReply, ObservedRequest
 from forebay.upstream.shared.ledger.rate_messages import RateReply, RateRequest
 from forebay.upstream.shared.ledger.stoppage_messages import StoppageReply, StoppageRequest
@@ -134,7 +135,10 @@ class LimitRequest(msgspec.Struct, frozen=True):
         most: that the limit may ever be.
         cut: the limit to which it has cut it; None if it has not.
         raised: by how much it has raised it, after the cut if there is one.
+        returned: by how much it has raised it besides, on its way back to a level that has held before.
+        returns_to: that level: rises on the way back to it lead no further, however many members make them.
         silence: seconds for which it asks all members to send no call, because a lone one was refused; 0 for none.
+        answers: that it has had since then, or since the cut.
     """
 
     epoch: int = -1
@@ -142,7 +146,10 @@ class LimitRequest(msgspec.Struct, frozen=True):
     most: float = 1e9
     cut: float | None = None
     raised: float = 0.0
+    returned: float = 0.0
+    returns_to: float = 0.0
     silence: float = 0.0
+    answers: AnswerCounts = AnswerCounts()
 
 
 class BudgetRequest(msgspec.Struct, frozen=True):
@@ -261,12 +268,14 @@ class LimitReply(msgspec.Struct, frozen=True):
         level: calls in flight at most, in all processes, before it is rounded down.
         silence: seconds for which no call is sent.
         others: calls that other members may have in flight.
+        answers: that all members have had since the latest cut.
     """
 
     epoch: int
     level: float
     silence: float = 0.0
     others: int = 0
+    answers: AnswerCounts = AnswerCounts()
 
 
 class BudgetReply(msgspec.Struct, frozen=True):

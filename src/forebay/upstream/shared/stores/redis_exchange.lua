@@ -4,7 +4,7 @@
 -- ARGV[1] is the request, a MessagePack map like `ExchangeRequest`. The answer is a map like `ExchangeReply`.
 -- Sums are over sorted names, so that rounding does not depend on the order of a table.
 
-local LAYOUT = 2 -- see ledger_state.py
+local LAYOUT = 3 -- see ledger_state.py
 local LEASE, LEASE_MARGIN, LAPSE = 5.0, 0.25, 1.5
 local MAX_RETRY, KEEP_ENDED, MAX_ENDED = 0.25, 3600.0, 128
 local SILENCE, RECOVERY, UNNAMED = 2.5, 2.0, '?'
@@ -559,16 +559,25 @@ end
 
 -- the limit: see limit_learning.py
 
+local function no_answers()
+  return {accepted = 0, refused = 0, contradicted = 0}
+end
+
 local function begin_limit(state, asked)
   state.limit, state.limit_epoch, state.silent_until = asked and max(1, asked.level) or 1, 0, 0
+  state.limit_answers = no_answers()
 end
 
 local function report_limit(state, asked)
   if asked.epoch == state.limit_epoch then
     if asked.cut then
       state.limit, state.limit_epoch = min(state.limit, asked.cut), state.limit_epoch + 1
+      state.limit_answers = no_answers()
     end
-    state.limit = state.limit + asked.raised
+    state.limit = max(state.limit, min(state.limit + asked.returned, asked.returns_to)) + asked.raised
+    for kind, count in pairs(asked.answers) do
+      state.limit_answers[kind] = state.limit_answers[kind] + count
+    end
   end
   state.limit = max(1, min(state.limit, asked.most))
   if asked.silence > 0 then state.silent_until = max(state.silent_until, state.time + asked.silence) end
@@ -580,7 +589,9 @@ local function limit_reply(state, names, name)
     if other ~= name then others = others + state.members[other].slots end
   end
   local silence = max(0, state.silent_until - state.time)
-  return {epoch = state.limit_epoch, level = state.limit, silence = silence, others = others}
+  return {
+    epoch = state.limit_epoch, level = state.limit, silence = silence, others = others, answers = state.limit_answers,
+  }
 end
 
 -- stoppages of calls: see stoppages.py
@@ -800,6 +811,7 @@ local function load_ledger(packed)
   if layout < LAYOUT then
     fill(state, NEW_LEDGER)
     state.observed = state.observed or {}
+    state.limit_answers = state.limit_answers or no_answers()
     for _, member in pairs(state.members) do
       fill(member, NEW_MEMBER)
       member.under_way = member.under_way or {}

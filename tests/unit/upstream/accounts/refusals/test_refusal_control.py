@@ -56,6 +56,14 @@ def test_a_rate_is_learned_from_refusals_too_late_for_a_trial_if_they_name_it(*,
     assert (control.rate.rate < 3.0) is named, "else it goes on as before, at five a second"
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_process_of_which_no_call_was_accepted_finds_no_rate_where_others_may_have_all_slots(share: float) -> None:
+    control = RefusalControl()
+    control.rate.share = share
+    burst(control, 1.0, 20)
+    assert (control.export(1.2).score > 0.0) is (share == 1.0)
+
+
 def test_refusals_at_random_begin_no_pause_and_are_no_rate() -> None:
     control = RefusalControl()
     accept(control, 0.0, 20)
