@@ -114,7 +114,10 @@ def secret_bytes(size: int) -> bytes:
 
 
 class _IdGenerator:
-    """Process-unique identifiers: a random prefix and a counter, at a tenth of the cost of a uuid4."""
+    """Process-unique identifiers: a random prefix and a counter, at a tenth of the cost of a uuid4.
+
+    The first 16 million sort in the order in which they were made: a simulation is the same, whatever ran before it.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -124,7 +127,7 @@ class _IdGenerator:
         self._next = itertools.count().__next__
 
     def new(self) -> str:
-        return f"{self._prefix}{self._next()}"
+        return f"{self._prefix}{self._next():06x}"
 
 
 _ids = _IdGenerator()

@@ -18,3 +18,9 @@ def test_a_suspension_is_what_one_clock_counts_and_the_other_does_not(monkeypatc
 def test_where_no_clock_counts_suspensions_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "_suspension_clocks", None)
     assert clock.suspension() == 0.0
+
+
+def test_ids_sort_in_the_order_in_which_they_were_made() -> None:
+    ids = [clock.new_id() for _ in range(300)]
+    assert sorted(ids) == ids
+    assert len(set(ids)) == 300
