@@ -133,8 +133,12 @@ class SharedBreakerMachine(RuleBasedStateMachine):
                     self.exchange(number, waiting=False, is_lost=False)
 
     def synchronize(self) -> None:
-        """Let all processes know all."""
-        for _ in range(3):
+        """Let all processes know all.
+
+        One round sends again what was not answered, one reports what has happened since, one opens the breaker of a
+        process by that, one reports this, and one tells those that were asked before.
+        """
+        for _ in range(5):
             for number in range(MEMBERS):
                 self.exchange(number, waiting=False, is_lost=False)
 
