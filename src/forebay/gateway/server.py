@@ -322,16 +322,24 @@ def _describe_invalid(error: BaseException | None) -> str:
 
 
 class _Server(web.Server):
-    """A server with a limit on its connections."""
+    """A server with a limit on its connections.
 
-    def __init__(self, forwarder: Forwarder, settings: GatewaySettings) -> None:
+    Args:
+        forwarder: of its calls.
+        settings: of the gateway.
+        closed: called after a connection has been closed; None for nothing.
+    """
+
+    def __init__(
+        self, forwarder: Forwarder, settings: GatewaySettings, *, closed: Callable[[], object] | None = None
+    ) -> None:
         super().__init__(self._handle, handler_cancellation=True)
         self._forwarder = forwarder
         self._settings = settings
         self._rejected: set[_TooManyConnections] = set()
         self._open: set[web.RequestHandler] = set()
         self._answered: asyncio.Event | None = None  # once no new connections are accepted
-        self.closed: Callable[[], object] = lambda: None  # called after a connection
+        self._closed = closed
 
     def change(self, settings: GatewaySettings) -> None:
         """Bound connections that are made from now on by other settings."""
@@ -364,7 +372,8 @@ class _Server(web.Server):
         """See `aiohttp.web.Server`."""
         super().connection_lost(handler, exc)
         self._open.discard(handler)
-        self.closed()
+        if self._closed is not None:
+            self._closed()
         if self._answered is not None and self._all_answered():
             self._answered.set()
 
@@ -467,11 +476,11 @@ class Gateway:
             )
             if self.settings.shared is not None:
                 await loop.run_in_executor(None, _learn_spent, [each.upstream.core for each in self.forwarder.targets])
-            self._web = _Server(self.forwarder, self.settings)
+            closed = None if self._listener is None else self._listener.publish
+            self._web = _Server(self.forwarder, self.settings, closed=closed)
             await self._watch_keys(keys)
             await self._join_workers()
             if self._listener is not None:
-                self._web.closed = self._listener.publish
                 self._listener.open(self._web)
             else:
                 self._server = await loop.create_server(self._web, address.host, address.port, backlog=1024)
@@ -864,7 +873,8 @@ class _Program:
         self._worker_reload = None if channel is None else WorkerReload(channel.directory, generation, self._prepare)
         messages: Mapping[str, MessageHandler] = {}
         if self._worker_reload is not None and channel is not None:
-            messages, channel.on_restored = self._worker_reload.handlers, self._worker_reload.restore
+            messages = self._worker_reload.handlers
+            channel.call_when_restored(self._worker_reload.restore)
         self._gateway = Gateway(_fitted(settings), listener=listener, channel=channel, messages=messages)
         self.is_orphan = False
         self._lifeline = lifeline

@@ -120,14 +120,13 @@ class WorkerChannel:
         directory: of the gateway's processes.
         number: of this worker.
         others: the numbers of the other workers.
-        on_restored: called in a thread once the directory, or the socket, was made again: what was in it may be gone.
     """
 
     def __init__(self, directory: Path, number: int, count: int) -> None:
         self.directory = directory
         self.number = number
         self.others = [other for other in range(count) if other != number]
-        self.on_restored: Callable[[], None] = _do_nothing
+        self._restorers: list[Callable[[], None]] = []
         self._server: asyncio.Server | None = None
         self._handlers: Mapping[str, MessageHandler] = {}
 
@@ -137,6 +136,10 @@ class WorkerChannel:
         path = socket_path(self.directory, self.number)
         listening = await asyncio.get_running_loop().run_in_executor(None, _listen, path)
         self._server = await asyncio.start_unix_server(self._serve, sock=listening)
+
+    def call_when_restored(self, restore: Callable[[], None]) -> None:
+        """Call `restore` in a thread once the directory or the socket was made again: what was in it may be gone."""
+        self._restorers.append(restore)
 
     async def keep(self) -> None:
         """Keep the socket from what cleans old files; if it was removed, make it and its directory again.
@@ -148,7 +151,8 @@ class WorkerChannel:
         if self._server is None or await loop.run_in_executor(None, _touch, path):
             return
         await loop.run_in_executor(None, restore_worker_directory, self.directory)
-        await loop.run_in_executor(None, self.on_restored)
+        for restore in self._restorers:
+            await loop.run_in_executor(None, restore)
         self._server.close()
         await self.open(self._handlers)
 
@@ -202,10 +206,6 @@ class WorkerChannel:
 def socket_path(directory: Path, number: int) -> Path:
     """Return the path of a worker's socket."""
     return directory / f"{number}.sock"
-
-
-def _do_nothing() -> None:
-    """Do nothing: nobody keeps anything in the directory."""
 
 
 def _touch(path: Path) -> bool:

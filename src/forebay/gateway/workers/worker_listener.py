@@ -34,8 +34,8 @@ class WorkerListener:
     """The socket on which all workers of a gateway listen, as one of them accepts from it.
 
     A worker leaves a connection to another one that has markedly fewer. After 2 ms it takes the connection itself if it
-    is still there. After fifty such connections it waits no more for a worker that has shown no sign of
-    life meanwhile, until it does. Only a worker that runs takes a connection, so none is lost with one that hangs.
+    is still there. After fifty such connections it waits no more for a worker that has shown no sign of life meanwhile,
+    until it does. Only a worker that runs takes a connection, so none is lost with one that hangs.
 
     Args:
         listening: the socket, which does not block.
