@@ -4,7 +4,8 @@
 VENV := .venv
 RUN  := $(VENV)/bin/python -m
 CODE := $(wildcard src tests demo bench examples deploy)
-JOBS ?= 2
+# More than two cores have: tests wait for disks and servers half of the time.
+JOBS ?= 4
 export JOBS
 unexport PYTHONDONTWRITEBYTECODE    # otherwise every process that pytest starts compiles every library again
 

@@ -25,12 +25,12 @@ done
 # everything meet these. The others take the same Forebay through more random runs, more stores and servers, and earlier
 # SDKs: they run on one Python only.
 #
-# A worker has half of the tests, in their order, so that most fixtures and servers of a module are started once; who is
-# done first takes from the other.
+# Each worker has a part of the tests, in their order, so that most fixtures and servers of a module are started once;
+# who is done first takes from the others.
 others=()
 for python in "${pythons[@]}"; do
     echo "== tests on $("$python" --version) =="
-    "$python" -m pytest --numprocesses "${JOBS:-2}" --dist worksteal "${others[@]}" "$@"
+    "$python" -m pytest --numprocesses "${JOBS:-4}" --dist worksteal "${others[@]}" "$@"
     others=(-m "not slow" --hypothesis-profile quick -k "not sqs and not sentinel and not cluster and not replicated")
 done
 
